@@ -1,0 +1,131 @@
+"""The reference arithmetic of quantization; every backend reproduces it bit for bit.
+
+Per row (an output channel of a weight, a token of an activation), all in float32 and in this order:
+
+1. ``a`` = largest magnitude of the row.  ``a == 0``: scale 1, values 0.  ``a`` not finite: scale
+   NaN, values 0, so that the row's result is NaN whatever the weights are.
+2. ``a' = max(a, q_max * 2**-126)``; ``scale = a' / q_max``; ``r = q_max / a'``.
+3. ``q = round_half_even(x * r)`` limited to ``+-q_max``: integers for int8, the nearest E4M3 number
+   for fp8.
+
+Source: docs/numerics.md, which has the error bounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..arrays import NDArray, as_matrix, wrap_numpy
+from ..dtypes import SCALE_FLOOR, Operand, operand
+from ..errors import NonFiniteError
+from ._rows import over_rows
+
+__all__ = ["dequantize", "quantize", "quantize_rows", "quantize_tokens"]
+
+
+def quantize(weight: Any, dtype: str | Operand, *, threads: int | None = None) -> tuple[Any, Any]:
+    """Quantize a weight per output channel.
+
+    Parameters
+    ----------
+    weight:
+        Shape (N, K), float32, float16 or bfloat16, any library's host array, any strides.
+    dtype:
+        "int8" or "fp8_e4m3"; "bf16" and "fp16" only convert (round to nearest even).
+    threads:
+        CPU threads; ``None`` takes every core.
+
+    Returns
+    -------
+    values, scales:
+        (N, K) in the operand's type, and (N,) float32 with ``weight ~= values * scales[:, None]``
+        (``None`` for "bf16" and "fp16"); the same kind of array as ``weight``.  Zeros are +0.
+
+    Raises
+    ------
+    NonFiniteError
+        If the weight holds a NaN or an infinity, or a value that overflows float16.
+    ShapeError, DTypeError, ArrayError, DeviceError, OptionError
+        For other inputs that are not as described.
+    """
+    row = operand(dtype)
+    view = as_matrix(weight, "weight", "(N, K)")
+    values, scales = quantize_rows(view, row, threads=threads)
+    if scales is not None:
+        bad = ~np.isfinite(scales)
+    else:
+        bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        n = int(np.argmax(bad))
+        source_finite = bool(np.isfinite(view[n].astype(np.float32)).all())
+        raise NonFiniteError(
+            f"weight has a value in row {n} that is too large for {row.name} "
+            f"(largest magnitude {np.abs(view[n].astype(np.float32)).max():g}); use 'bf16' or 'int8'"
+            if source_finite
+            else f"weight has a NaN or an infinity in row {n}; weights must be finite"
+        )
+    positive_zeros(values)
+    return wrap_numpy(values, weight), None if scales is None else wrap_numpy(scales, weight)
+
+
+def quantize_tokens(x: NDArray, dtype: str | Operand) -> tuple[NDArray, NDArray | None]:
+    """Quantize activations per token: (M, K) to values (M, K) and scales (M,) float32 or None.
+
+    A token that holds a NaN or an infinity gets scale NaN and values 0; for "bf16" and "fp16" all
+    its values become NaN (also where a finite number overflows float16).  No other token is touched.
+    """
+    row = operand(dtype)
+    values, scales = quantize_rows(x, row, threads=1)
+    if scales is None:
+        values[~np.isfinite(values).all(axis=1)] = np.nan
+    return values, scales
+
+
+def dequantize(values: NDArray, scales: NDArray | None) -> NDArray:
+    """``values * scales[:, None]`` in float32; plain conversion where there are no scales."""
+    wide = values.astype(np.float32)
+    if scales is not None:
+        wide *= scales[:, None]
+    return wide
+
+
+def quantize_rows(
+    x: NDArray, row: Operand, *, threads: int | None
+) -> tuple[NDArray, NDArray | None]:
+    """Quantize each row of ``x`` (rows, columns) by the module's definition; nothing is refused."""
+    rows, columns = x.shape
+    values = np.empty((rows, columns), row.dtype)
+    if row.q_max is None:
+
+        def convert(start: int, stop: int) -> None:
+            # Through float32, so that float16 <-> bfloat16 rounds once; overflow gives infinity.
+            with np.errstate(over="ignore", invalid="ignore"):
+                values[start:stop] = x[start:stop].astype(np.float32).astype(row.dtype)
+
+        over_rows(rows, columns, convert, threads)
+        return values, None
+
+    scales = np.empty(rows, np.float32)
+    q_max = np.float32(row.q_max)
+    from . import _kernels
+
+    if row.name == "int8":
+        kernel, out = _kernels.quantize_int8, values
+    else:
+        kernel, out = _kernels.quantize_fp8, values.view(np.uint8)
+
+    def quantized(start: int, stop: int) -> None:
+        wide = np.ascontiguousarray(x[start:stop], dtype=np.float32)
+        kernel(wide, q_max, SCALE_FLOOR, out[start:stop], scales[start:stop])
+
+    over_rows(rows, columns, quantized, threads)
+    return values, scales
+
+
+def positive_zeros(values: NDArray) -> None:
+    """Turn every -0.0 into +0.0, in place."""
+    if values.dtype.kind != "i":
+        bits = values.view(f"u{values.itemsize}")
+        bits[bits == 1 << (8 * values.itemsize - 1)] = 0
