@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from .errors import SlideSparseError as SlideSparseError
     from .options import PlanOptions as PlanOptions
     from .packing import SparseWeight as SparseWeight
-    from .packing import check_pattern as check_pattern
     from .packing import lift as lift
-    from .packing import prune as prune
     from .packing import quantize as quantize
     from .packing import slide as slide
     from .packing import unslide as unslide
@@ -46,6 +44,8 @@ if TYPE_CHECKING:
     from .pattern import Pattern as Pattern
     from .plan import SparseGemmPlan as SparseGemmPlan
     from .plan import sparse_matmul as sparse_matmul
+    from .weights import check_pattern as check_pattern
+    from .weights import prune as prune
 
 # Public name -> module that holds it.
 _HOMES = {
@@ -73,11 +73,13 @@ _HOMES = {
     "Pattern": "pattern",
     "PlanOptions": "options",
     **dict.fromkeys(
-        ("SparseWeight", "check_pattern", "lift", "prune", "quantize", "slide", "unslide"),
+        ("SparseWeight", "lift", "quantize", "slide", "unslide"),
         "packing",
     ),
     "SparseGemmPlan": "plan",
     "sparse_matmul": "plan",
+    "check_pattern": "weights",
+    "prune": "weights",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604  (the table above is the list)

@@ -6,6 +6,7 @@ imported here unless the caller already holds one of its arrays.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .dtypes import ArrayType, array_type
+from .dtypes import OPERANDS, ArrayType, array_type
 from .errors import ArrayError, DeviceError, DTypeError, ShapeError
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "as_matrix",
     "device_of",
     "library_of",
+    "library_of_type",
+    "refuse_autograd",
     "to_numpy",
     "wrap_numpy",
     "writable_numpy",
@@ -31,16 +34,20 @@ __all__ = [
 
 NDArray = npt.NDArray[Any]
 
-#: Libraries whose arrays come back as their own kind, by the top-level module of the array's type.
+#: Libraries whose arrays come back as their own kind: (top-level module, class) -> name.
 _LIBRARIES = {
-    "numpy": "numpy",
-    "ml_dtypes": "numpy",
-    "torch": "torch",
-    "jax": "jax",
-    "jaxlib": "jax",
-    "cupy": "cupy",
-    "numba": "numba",
+    ("numpy", "ndarray"): "numpy",
+    ("numpy", "generic"): "numpy",
+    ("torch", "Tensor"): "torch",
+    ("jax", "Array"): "jax",
+    ("jax", "Tracer"): "jax",
+    ("jaxlib", "ArrayImpl"): "jax",
+    ("cupy", "ndarray"): "cupy",
+    ("numba", "DeviceNDArrayBase"): "numba",
+    ("numba_cuda", "DeviceNDArrayBase"): "numba",
 }
+#: Steps after which the exact search for a common element gives up.
+_OVERLAP_WORK = 100_000
 # DLPack device types (dlpack.h): plain, pinned and managed memory.
 _DLPACK_CPU = (1, 3)
 _DLPACK_CUDA = (2, 13)
@@ -65,7 +72,9 @@ class Device:
             return cls("cuda", spec)
         found = re.fullmatch(r"(cpu|cuda)(?::(\d{1,4}))?", str(spec))
         if found is None:
-            raise DeviceError(f"device {spec!r} is unknown; allowed are 'cpu', 'cuda', 'cuda:<index>'")
+            raise DeviceError(
+                f"device {spec!r} is unknown; allowed are 'cpu', 'cuda', 'cuda:<index>'"
+            )
         return cls(found[1], int(found[2] or 0) if found[1] == "cuda" else 0)
 
     def __str__(self) -> str:
@@ -81,16 +90,25 @@ def library_of(array: object) -> str:
 
     Raises ArrayError for an object that is no array.
     """
-    for base in type(array).__mro__:
-        library = _LIBRARIES.get(base.__module__.partition(".")[0])
-        if library is not None and base is not object:
-            return library
+    library = library_of_type(type(array))  # type: ignore[arg-type]  # types are hashable
+    if library is not None:
+        return library
     if hasattr(array, "__dlpack__"):
         return "dlpack"
     raise ArrayError(
         f"{type(array).__name__} is no array; pass a NumPy, PyTorch, JAX or CuPy array (or any "
         f"object with __dlpack__), for example numpy.asarray(..., dtype=numpy.float32)"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def library_of_type(kind: type) -> str | None:
+    """Name of the library that a type of array belongs to, or ``None``."""
+    for base in kind.__mro__:
+        library = _LIBRARIES.get((base.__module__.partition(".")[0], base.__name__))
+        if library is not None:
+            return library
+    return None
 
 
 def device_of(array: Any, what: str = "array") -> Device:
@@ -105,6 +123,8 @@ def device_of(array: Any, what: str = "array") -> Device:
         return Device(kind, array.device.index or 0)
     if library == "jax":
         _refuse_tracer(array, what)
+        if getattr(array, "is_deleted", bool)():
+            raise ArrayError(f"{what} is a deleted (or donated) JAX array; pass one that is alive")
         devices = array.devices()
         if len(devices) != 1:
             raise DeviceError(
@@ -129,7 +149,7 @@ def device_of(array: Any, what: str = "array") -> Device:
     raise DeviceError(f"{what} is on DLPack device type {int(kind_code)}; allowed are CPU and CUDA")
 
 
-def to_numpy(array: Any, what: str = "array") -> NDArray:
+def to_numpy(array: Any, what: str = "array", *, quantized: bool = False) -> NDArray:
     """View a host array as NumPy, sharing memory wherever its library allows.
 
     Parameters
@@ -139,6 +159,8 @@ def to_numpy(array: Any, what: str = "array") -> NDArray:
         float16 or bfloat16; any strides.
     what:
         The name by which error messages call it.
+    quantized:
+        Whether int8 and float8_e4m3fn are taken as well.
 
     Raises
     ------
@@ -152,13 +174,15 @@ def to_numpy(array: Any, what: str = "array") -> NDArray:
     library = library_of(array)
     device = device_of(array, what)
     if device.kind != "cpu":
-        raise DeviceError(f"{what} is on {device}, but a CPU array is needed; move it to the CPU first")
+        raise DeviceError(
+            f"{what} is on {device}, but a CPU array is needed; move it to the CPU first"
+        )
     if library == "numpy":
         view = _numpy_view(array, what)
     elif library == "torch":
-        view = _torch_view(array, what)
+        view = _torch_view(array, what, quantized)
     elif library == "jax":
-        _jax_type(array, what)
+        _check_type(array.dtype, what, quantized)
         view = np.asarray(array)
     else:
         try:
@@ -167,19 +191,21 @@ def to_numpy(array: Any, what: str = "array") -> NDArray:
             raise ArrayError(
                 f"{what} of type {type(array).__name__} could not be read through DLPack: {error}"
             ) from error
-    _checked_type(view.dtype, what)
+    _check_type(view.dtype, what, quantized)
     return view
 
 
-def as_matrix(array: Any, what: str, axes: str) -> NDArray:
+def as_matrix(array: Any, what: str, axes: str, *, quantized: bool = False) -> NDArray:
     """:func:`to_numpy` for a two-dimensional, non-empty array; ``axes`` names them in errors."""
-    view = to_numpy(array, what)
+    view = to_numpy(array, what, quantized=quantized)
     if view.ndim != 2:
         raise ShapeError(
             f"{what} has {view.ndim} dimensions, shape {view.shape}; allowed is 2, {axes}"
         )
     if view.size == 0:
-        raise ShapeError(f"{what} is empty, shape {view.shape}; each extent of {axes} is at least 1")
+        raise ShapeError(
+            f"{what} is empty, shape {view.shape}; each extent of {axes} is at least 1"
+        )
     return view
 
 
@@ -218,6 +244,7 @@ def writable_numpy(out: Any, shape: tuple[int, ...], dtype: ArrayType, x: NDArra
     if library_of(out) == "jax":
         raise ArrayError("out is a JAX array, which is immutable; omit out= and take the result")
     view = to_numpy(out, "out")
+    _refuse_copy(out)
     if view.shape != shape:
         raise ShapeError(f"out has shape {view.shape}; the result has shape {shape}")
     if view.dtype != dtype.dtype:
@@ -229,13 +256,51 @@ def writable_numpy(out: Any, shape: tuple[int, ...], dtype: ArrayType, x: NDArra
             f"out has strides {view.strides} (bytes) for shape {view.shape}, so that elements "
             f"share memory; pass an array whose elements are distinct"
         )
-    if np.may_share_memory(view, x):
+    if _share_memory(view, x):
         raise ArrayError("out shares memory with x; pass an out of its own")
     return view
 
 
+def _refuse_copy(out: Any) -> None:
+    """Raise where NumPy's view is not the caller's memory, or where autograd would not notice."""
+    library = library_of(out)
+    if library == "numpy" and not np.asarray(out).dtype.isnative:
+        raise DTypeError(
+            f"out has byte order {out.dtype.byteorder!r}; allowed is this machine's own"
+        )
+    if library == "torch":
+        if out.requires_grad:
+            raise ArrayError(
+                "out requires a gradient, and this product has none; pass out.detach()"
+            )
+        if out.is_neg():
+            raise ArrayError("out is a lazily negated view; pass out.resolve_neg()")
+
+
+def _share_memory(left: NDArray, right: NDArray) -> bool:
+    """Whether two arrays have an element in common; when that is hard to tell, "yes"."""
+    try:
+        return bool(np.shares_memory(left, right, max_work=_OVERLAP_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
+
+
+def refuse_autograd(x: Any) -> None:
+    """Raise ArrayError for a torch tensor whose gradient somebody waits for."""
+    if library_of(x) == "torch" and x.requires_grad:
+        import torch
+
+        if torch.is_grad_enabled():
+            raise ArrayError(
+                "x requires a gradient, and this product has none; call it under torch.no_grad() "
+                "or pass x.detach()"
+            )
+
+
 def overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
     """Whether two elements of a strided array may share memory (sufficient test, in bytes)."""
+    if 0 in shape:
+        return False
     reach = itemsize
     for stride, extent in sorted(
         (abs(stride), extent) for stride, extent in zip(strides, shape, strict=True) if extent > 1
@@ -257,7 +322,7 @@ def _numpy_view(array: Any, what: str) -> NDArray:
     return view
 
 
-def _torch_view(tensor: Any, what: str) -> NDArray:
+def _torch_view(tensor: Any, what: str, quantized: bool) -> NDArray:
     import torch
 
     if tensor.layout != torch.strided:
@@ -265,12 +330,20 @@ def _torch_view(tensor: Any, what: str) -> NDArray:
             f"{what} is a torch tensor of layout {tensor.layout}; pass a dense one: "
             f"{what}.to_dense()"
         )
-    _checked_type(tensor.dtype, what)
-    plain = tensor.detach().resolve_neg()
-    if plain.dtype == torch.bfloat16:
-        view: NDArray = plain.view(torch.int16).numpy()
-        return view.view(ml_dtypes.bfloat16)
-    return np.asarray(plain.numpy())
+    _check_type(tensor.dtype, what, quantized)
+    try:
+        plain = tensor.detach().resolve_neg()
+        if plain.dtype == torch.bfloat16:
+            view: NDArray = plain.view(torch.int16).numpy()
+            return view.view(ml_dtypes.bfloat16)
+        if plain.dtype == torch.float8_e4m3fn:
+            return np.asarray(plain.view(torch.uint8).numpy()).view(ml_dtypes.float8_e4m3fn)
+        return np.asarray(plain.numpy())
+    except (RuntimeError, TypeError) as error:
+        raise ArrayError(
+            f"{what} of type {type(tensor).__name__} has no memory that could be read ({error}); "
+            f"pass a plain tensor"
+        ) from error
 
 
 def _refuse_tracer(array: Any, what: str) -> None:
@@ -283,12 +356,11 @@ def _refuse_tracer(array: Any, what: str) -> None:
         )
 
 
-def _jax_type(array: Any, what: str) -> None:
-    _checked_type(array.dtype, what)
-
-
-def _checked_type(dtype: object, what: str) -> ArrayType:
+def _check_type(dtype: object, what: str, quantized: bool) -> None:
+    name = str(dtype).rsplit(".", 1)[-1]
+    if quantized and any(row.scaled and row.dtype.name == name for row in OPERANDS):
+        return
     try:
-        return array_type(dtype)
+        array_type(dtype)
     except DTypeError as error:
         raise DTypeError(f"{what} has dtype {error}") from None

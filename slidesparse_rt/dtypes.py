@@ -94,7 +94,7 @@ class Operand:
 
 
 #: Smallest scale: the smallest normal float32.  A row whose absmax is below ``SCALE_FLOOR * q_max``
-#: is quantized with this scale, so that neither the scale nor its reciprocal leaves float32's range.
+#: is quantized with this scale, so that scale and reciprocal stay within float32's normal range.
 SCALE_FLOOR = np.float32(2.0**-126)
 
 ARRAY_TYPES: tuple[ArrayType, ...] = (
@@ -150,10 +150,9 @@ def array_type(spec: object) -> ArrayType:
     raise DTypeError(f"{name} is not supported; allowed are {allowed}; convert the array first")
 
 
-def storage_bits(bits: int, keep: int, group: int, windows: int) -> tuple[int, int]:
+def storage_bits(bits: int, group: int, windows: int) -> tuple[int, int]:
     """Bits that one group takes dense and in 2:4-compressed windows (values plus 2-bit indices).
 
     A window stores two values and two 2-bit positions (PTX ISA, sparse MMA metadata).
     """
-    del keep
     return bits * group, windows * (2 * bits + 4)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from .errors import OptionError
 
-__all__ = ["BACKENDS", "PlanOptions", "worker_count"]
+__all__ = ["PlanOptions", "worker_count"]
 
-#: Names that ``backend=`` takes; "auto" chooses among the others.
-BACKENDS = ("auto", "cusparselt", "dense", "reference")
+_LEAST_WORKSPACE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,12 +20,22 @@ class PlanOptions:
     ----------
     threads:
         CPU threads for packing; ``None`` takes every core that this process may use.
+    workspace_limit:
+        Bytes of GPU workspace for one launch, at least 1 MiB.  A product that would need more is
+        done in several launches over tokens.
     """
 
     threads: int | None = None
+    workspace_limit: int = 2 << 30
 
     def __post_init__(self) -> None:
         worker_count(self.threads)
+        limit = self.workspace_limit
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < _LEAST_WORKSPACE:
+            raise OptionError(
+                f"workspace_limit is {limit!r}; allowed is a whole number of bytes from "
+                f"{_LEAST_WORKSPACE} (1 MiB) on"
+            )
 
 
 def worker_count(threads: int | None) -> int:
@@ -38,5 +47,7 @@ def worker_count(threads: int | None) -> int:
         affinity = getattr(os, "sched_getaffinity", None)
         return len(affinity(0)) if affinity is not None else (os.cpu_count() or 1)
     if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
-        raise OptionError(f"threads is {threads!r}; allowed is None or a whole number from 1 to 1024")
+        raise OptionError(
+            f"threads is {threads!r}; allowed is None or a whole number from 1 to 1024"
+        )
     return threads

@@ -69,12 +69,14 @@ class Pattern:
         found = _BY_NAME.get(spec.strip().lower())
         if found is not None:
             return found
-        numbers = re.fullmatch(r"\s*(\d{1,9})\s*(\D{1,3}?)\s*(\d{1,9})\s*", spec)
+        numbers = re.fullmatch(r"\s*(\d{1,9})\s*\D{1,3}?\s*(\d{1,9})\s*", spec)
         if numbers is None:
             raise PatternError(_refusal(spec, None, None))
-        keep, separator, group = int(numbers[1]), numbers[2].strip(), int(numbers[3])
-        if separator != ":" and f"{keep}:{group}" in _BY_NAME:
-            raise PatternError(f"pattern {spec!r} is spelled with a colon: type '{keep}:{group}'")
+        keep, group = int(numbers[1]), int(numbers[2])
+        if f"{keep}:{group}" in _BY_NAME:
+            raise PatternError(
+                f"pattern {spec!r} is spelled with a colon and nothing else: type '{keep}:{group}'"
+            )
         raise PatternError(_refusal(spec, keep, group))
 
     @property
@@ -147,6 +149,8 @@ def _refusal(spec: str, keep: int | None, group: int | None) -> str:
         return f"the pattern is empty; type for example '6:8'; {allowed}"
     if keep is None or group is None:
         return f"pattern {spec!r} is not understood; type for example '6:8'; {allowed}"
+    if keep % 2 == 0 and keep == group + 2 and 4 <= keep <= MAX_GROUP:
+        return f"pattern {spec!r} is reversed; type '{group}:{keep}'; {allowed}"
     if group % 2 == 0 and 4 <= group <= MAX_GROUP:
         meant = f"{group - 2}:{group}"
         if keep == 2:
@@ -155,8 +159,8 @@ def _refusal(spec: str, keep: int | None, group: int | None) -> str:
                 f"{group}', type {meant!r} (the first number is what is kept); {allowed}"
             )
         if keep == group:
-            return f"pattern {spec!r} prunes nothing; type 'dense' for that, or {meant!r}; {allowed}"
+            return (
+                f"pattern {spec!r} prunes nothing; type 'dense' for that, or {meant!r}; {allowed}"
+            )
         return f"pattern {spec!r} is not of the (2N-2):2N family; type {meant!r}; {allowed}"
-    if keep % 2 == 0 and keep == group + 2 and 4 <= keep <= MAX_GROUP:
-        return f"pattern {spec!r} is reversed; type '{group}:{keep}'; {allowed}"
     return f"pattern {spec!r} does not exist; type for example '6:8'; {allowed}"

@@ -4,18 +4,29 @@ Magnitudes of IEEE floats order like the unsigned integers of their bits without
 integer kernel serves float32, float16, bfloat16, fp8 and int8.  ``mask`` removes the sign;
 ``limit`` is the smallest magnitude that is an infinity or a NaN.
 
-Kernels release the GIL and are cached on disk by Numba; importing this module imports Numba but
-compiles nothing.
+Kernels release the GIL and are cached on disk by Numba where it can write; importing this module
+imports Numba but compiles nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from numba import njit
 
-_jit = njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _jit(function: _F) -> _F:
+    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+    compiled: _F
+    try:
+        compiled = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        compiled = njit(**options)(function)
+    return compiled
 
 
 @_jit
@@ -182,17 +193,21 @@ def unslide(bits: Any, out: Any, mask: Any, group: Any, windows: Any) -> Any:
     """Put the nonzeros of slid rows back (``out`` is zeros).
 
     Returns the row of the first slot that cannot come from :func:`slide`, or -1: a second nonzero
-    for one input, or one beyond the row's end.
+    for one input, a third in one window, or one beyond the row's end.
     """
     rows, columns = out.shape
     slots = 4 * windows
     for r in range(rows):
         for g in range(bits.shape[1] // slots):
             for w in range(windows):
+                room = 2
                 for j in range(4):
                     value = bits[r, g * slots + 4 * w + j]
                     if (value & mask) == 0:
                         continue
+                    if room == 0:
+                        return r
+                    room -= 1
                     i = g * group + 2 * w + j
                     # Dense windows reach past their group, where no weight is ever stored.
                     if 2 * w + j >= group or i >= columns or out[r, i] != 0:

@@ -79,12 +79,16 @@ def pattern_report(
 
 def check_values(values: NDArray, pattern: Pattern, what: str, *, threads: int | None) -> None:
     """:func:`check_pattern` for a NumPy matrix of any type that packing knows."""
-    report = _report(values, pattern, what, threads)
+    refuse_misfit(_report(values, pattern, what, threads), pattern, values.shape[1], what)
+
+
+def refuse_misfit(report: PatternReport, pattern: Pattern, columns: int, what: str) -> None:
+    """Raise the PatternError for a report that has violations."""
     if report.first is None:
         return
     row, group, found = report.first
     start = group * pattern.group
-    stop = min(start + pattern.group, values.shape[1])
+    stop = min(start + pattern.group, columns)
     raise PatternError(
         f"{what} does not fit pattern {pattern.name}: row {row}, group {group} (columns {start} to "
         f"{stop - 1}) has {found} nonzeros, allowed are {pattern.keep}; {report.violations} of "
@@ -113,7 +117,8 @@ def _report(values: NDArray, pattern: Pattern, what: str, threads: int | None) -
     for start, found in over_rows(rows, columns, work, threads):
         count, filled, row, group, held, bad_row, bad_column = found
         if bad_row >= 0:
-            refuse_nonfinite(values, start + bad_row, bad_column, what)
+            at = (start + bad_row, bad_column)
+            refuse_nonfinite(float(values[at]), *at, what)
         violations += count
         nonzeros += filled
         if first is None and row >= 0:
@@ -127,9 +132,8 @@ def _report(values: NDArray, pattern: Pattern, what: str, threads: int | None) -
     )
 
 
-def refuse_nonfinite(values: NDArray, row: int, column: int, what: str) -> None:
+def refuse_nonfinite(value: float, row: int, column: int, what: str) -> None:
     """Raise the NonFiniteError for one element."""
     raise NonFiniteError(
-        f"{what} holds {float(values[row, column])} at row {row}, column {column}; "
-        f"weights must be finite"
+        f"{what} holds {value} at row {row}, column {column}; weights must be finite"
     )

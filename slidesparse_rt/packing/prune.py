@@ -13,7 +13,7 @@ from ._rows import over_rows
 from .bits import bit_rule
 from .check import refuse_nonfinite
 
-__all__ = ["METHODS", "prune"]
+__all__ = ["METHODS", "check_method", "checked_norms", "prune"]
 
 #: Values of ``method=``.
 METHODS = ("magnitude", "wanda")
@@ -61,13 +61,10 @@ def prune(
     """
     parsed = Pattern.parse(pattern)
     view = as_matrix(weight, "weight", "(N, K)")
-    if method not in METHODS:
-        raise OptionError(f"method {method!r} is unknown; allowed are {', '.join(METHODS)}")
+    check_method(method, norms)
     if method == "wanda":
-        pruned = _by_scores(view, parsed, _checked_norms(norms, view.shape[1]), threads)
+        pruned = _by_scores(view, parsed, checked_norms(norms, view.shape[1]), threads)
     else:
-        if norms is not None:
-            raise OptionError("norms are given, but method='magnitude' ignores them; use 'wanda'")
         pruned = _by_magnitude(view, parsed, threads)
     return wrap_numpy(pruned, weight)
 
@@ -86,15 +83,13 @@ def _by_magnitude(weight: NDArray, pattern: Pattern, threads: int | None) -> NDA
         )
         return -1 if bad < 0 else start + bad
 
-    for row in over_rows(*weight.shape, work, threads):
+    for row in over_rows(weight.shape[0], weight.shape[1], work, threads):
         if row >= 0:
             _refuse_row(weight, row)
     return out
 
 
-def _by_scores(
-    weight: NDArray, pattern: Pattern, norms: NDArray, threads: int | None
-) -> NDArray:
+def _by_scores(weight: NDArray, pattern: Pattern, norms: NDArray, threads: int | None) -> NDArray:
     from ._kernels import prune_scores
 
     rule = bit_rule(weight.dtype, "weight")
@@ -104,7 +99,8 @@ def _by_scores(
     def work(start: int, stop: int) -> int:
         block = weight[start:stop]
         # The product of two float32 numbers is exact in float64, and so is their order.
-        scores = np.abs(block.astype(np.float64))
+        with np.errstate(invalid="ignore"):  # a signalling NaN is reported below
+            scores = np.abs(block.astype(np.float64))
         bad = ~np.isfinite(scores).all(axis=1)
         if bad.any():
             return start + int(np.argmax(bad))
@@ -114,7 +110,7 @@ def _by_scores(
         )
         return -1
 
-    for row in over_rows(*weight.shape, work, threads):
+    for row in over_rows(weight.shape[0], weight.shape[1], work, threads):
         if row >= 0:
             _refuse_row(weight, row)
     return out
@@ -122,10 +118,19 @@ def _by_scores(
 
 def _refuse_row(weight: NDArray, row: int) -> None:
     column = int(np.argmax(~np.isfinite(weight[row].astype(np.float32))))
-    refuse_nonfinite(weight, row, column, "weight")
+    refuse_nonfinite(float(weight[row, column]), row, column, "weight")
 
 
-def _checked_norms(norms: Any, k: int) -> NDArray:
+def check_method(method: str, norms: Any) -> None:
+    """Raise OptionError unless the method exists and goes with the norms."""
+    if method not in METHODS:
+        raise OptionError(f"method {method!r} is unknown; allowed are {', '.join(METHODS)}")
+    if method == "magnitude" and norms is not None:
+        raise OptionError("norms are given, but method='magnitude' ignores them; use 'wanda'")
+
+
+def checked_norms(norms: Any, k: int) -> NDArray:
+    """The norms as float64 (k,); raises where they are missing, misshapen, negative or infinite."""
     if norms is None:
         raise OptionError(
             f"method='wanda' needs norms=, shape ({k},): the l2 norm of each input over "

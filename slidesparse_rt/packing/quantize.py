@@ -46,24 +46,23 @@ def quantize(weight: Any, dtype: str | Operand, *, threads: int | None = None) -
     Raises
     ------
     NonFiniteError
-        If the weight holds a NaN or an infinity, or a value that overflows float16.
+        If the weight holds a NaN or an infinity, or a value that overflows "fp16" or "bf16".
     ShapeError, DTypeError, ArrayError, DeviceError, OptionError
         For other inputs that are not as described.
     """
     row = operand(dtype)
     view = as_matrix(weight, "weight", "(N, K)")
     values, scales = quantize_rows(view, row, threads=threads)
-    if scales is not None:
-        bad = ~np.isfinite(scales)
-    else:
-        bad = ~np.isfinite(values).all(axis=1)
+    bad: NDArray = np.asarray(
+        ~np.isfinite(values).all(axis=1) if scales is None else ~np.isfinite(scales)
+    )
     if bad.any():
         n = int(np.argmax(bad))
-        source_finite = bool(np.isfinite(view[n].astype(np.float32)).all())
+        peak = np.abs(view[n].astype(np.float32)).max()
+        others = "'int8' or 'fp8_e4m3'" if row.name == "bf16" else "'bf16' or 'int8'"
         raise NonFiniteError(
-            f"weight has a value in row {n} that is too large for {row.name} "
-            f"(largest magnitude {np.abs(view[n].astype(np.float32)).max():g}); use 'bf16' or 'int8'"
-            if source_finite
+            f"weight row {n} holds {peak:g}, too large for {row.name}; use {others}"
+            if np.isfinite(peak)
             else f"weight has a NaN or an infinity in row {n}; weights must be finite"
         )
     positive_zeros(values)
@@ -74,7 +73,7 @@ def quantize_tokens(x: NDArray, dtype: str | Operand) -> tuple[NDArray, NDArray 
     """Quantize activations per token: (M, K) to values (M, K) and scales (M,) float32 or None.
 
     A token that holds a NaN or an infinity gets scale NaN and values 0; for "bf16" and "fp16" all
-    its values become NaN (also where a finite number overflows float16).  No other token is touched.
+    its values become NaN (also where a finite number overflows float16).  No other token changes.
     """
     row = operand(dtype)
     values, scales = quantize_rows(x, row, threads=1)
@@ -84,10 +83,14 @@ def quantize_tokens(x: NDArray, dtype: str | Operand) -> tuple[NDArray, NDArray 
 
 
 def dequantize(values: NDArray, scales: NDArray | None) -> NDArray:
-    """``values * scales[:, None]`` in float32; plain conversion where there are no scales."""
+    """``values * scales[:, None]`` in float32; plain conversion where there are no scales.
+
+    Infinite only where rounding the scale carries a product past float32's largest number.
+    """
     wide = values.astype(np.float32)
     if scales is not None:
-        wide *= scales[:, None]
+        with np.errstate(over="ignore"):
+            wide *= scales[:, None]
     return wide
 
 
@@ -122,6 +125,14 @@ def quantize_rows(
 
     over_rows(rows, columns, quantized, threads)
     return values, scales
+
+
+def has_negative_zeros(values: NDArray) -> bool:
+    """Whether a -0.0 is among the numbers."""
+    if values.dtype.kind == "i":
+        return False
+    bits = values.view(f"u{values.itemsize}")
+    return bool((bits == 1 << (8 * values.itemsize - 1)).any())
 
 
 def positive_zeros(values: NDArray) -> None:

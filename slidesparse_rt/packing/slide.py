@@ -25,7 +25,8 @@ def slide(weight: Any, pattern: str | Pattern, *, threads: int | None = None) ->
     Parameters
     ----------
     weight:
-        Shape (N, K), float32, float16 or bfloat16, any library's host array, any strides.
+        Shape (N, K), float32, float16, bfloat16, int8 or float8_e4m3fn, any library's host array,
+        any strides.
     pattern:
         The pattern that it fits.
     threads:
@@ -46,7 +47,7 @@ def slide(weight: Any, pattern: str | Pattern, *, threads: int | None = None) ->
         For inputs that are not as described.
     """
     parsed = Pattern.parse(pattern)
-    view = as_matrix(weight, "weight", "(N, K)")
+    view = as_matrix(weight, "weight", "(N, K)", quantized=True)
     check_values(view, parsed, "weight", threads=threads)
     return wrap_numpy(slide_rows(view, parsed, "weight", threads=threads), weight)
 
@@ -75,13 +76,13 @@ def unslide(slid: Any, pattern: str | Pattern, k: int, *, threads: int | None = 
     ShapeError
         If K' is not ``Pattern.slid_k(k)``.
     PatternError
-        If ``slid`` cannot come from :func:`slide`: two nonzeros for one input, or one where no
-        weight is ever stored.
+        If ``slid`` cannot come from :func:`slide`: two nonzeros for one input, three in one window,
+        or one where no weight is ever stored.
     DTypeError, ArrayError, DeviceError, OptionError
         For inputs that are not as described.
     """
     parsed = Pattern.parse(pattern)
-    view = as_matrix(slid, "slid", "(N, K')")
+    view = as_matrix(slid, "slid", "(N, K')", quantized=True)
     return wrap_numpy(unslide_rows(view, parsed, k, threads=threads), slid)
 
 
@@ -91,7 +92,8 @@ def lift(x: Any, pattern: str | Pattern) -> Any:
     Parameters
     ----------
     x:
-        Shape (M, K), float32, float16 or bfloat16, any library's host array, any strides.
+        Shape (M, K), float32, float16, bfloat16, int8 or float8_e4m3fn, any library's host array,
+        any strides.
     pattern:
         The pattern of the weight.
 
@@ -107,7 +109,7 @@ def lift(x: Any, pattern: str | Pattern) -> Any:
         For inputs that are not as described.
     """
     parsed = Pattern.parse(pattern)
-    return wrap_numpy(lift_rows(as_matrix(x, "x", "(M, K)"), parsed), x)
+    return wrap_numpy(lift_rows(as_matrix(x, "x", "(M, K)", quantized=True), parsed), x)
 
 
 def slide_rows(
@@ -133,9 +135,7 @@ def slide_rows(
     return out
 
 
-def unslide_rows(
-    slid: NDArray, pattern: Pattern, k: int, *, threads: int | None = None
-) -> NDArray:
+def unslide_rows(slid: NDArray, pattern: Pattern, k: int, *, threads: int | None = None) -> NDArray:
     """:func:`unslide` for a NumPy matrix of any type that packing knows."""
     from ._kernels import unslide as kernel
 
@@ -158,7 +158,8 @@ def unslide_rows(
         if row >= 0:
             raise PatternError(
                 f"slid row {row} does not come from sliding a {pattern.name} weight of {k} inputs: "
-                f"an input has two weights, or a weight stands where none is ever stored",
+                f"an input has two weights, a window has more than two, or a weight stands where "
+                f"none is ever stored",
                 row=row,
             )
     return out
@@ -178,4 +179,7 @@ def lift_rows(x: NDArray, pattern: Pattern) -> NDArray:
         (row, pattern.group * item, 2 * item, item),
         writeable=False,
     )
-    return windows.reshape(rows, pattern.slid_k(columns))
+    # Not reshape: where windows do not overlap it would return the read-only view itself.
+    out = np.empty(windows.shape, x.dtype)
+    out[...] = windows
+    return out.reshape(rows, pattern.slid_k(columns))

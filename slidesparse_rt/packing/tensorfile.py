@@ -7,9 +7,11 @@ Source: the safetensors format (8 bytes of header length, little-endian; JSON he
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +60,7 @@ class TensorFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = Path(path)
+        _refuse_folder(self.path)
         try:
             with safe_open(self.path, framework="np") as checked:
                 names = set(checked.keys())
@@ -114,8 +117,8 @@ class TensorFile:
     def read(self, name: str) -> NDArray:
         """Map one tensor into memory, read-only.
 
-        Raises FormatError for a name the file does not have, DTypeError for a data type that NumPy
-        and ml_dtypes do not have.
+        Raises FormatError for a name the file does not have and for a shape that NumPy cannot have,
+        DTypeError for a data type that NumPy and ml_dtypes do not have.
         """
         entry = self._entry(name)
         dtype = _DTYPES.get(entry["dtype"])
@@ -126,12 +129,21 @@ class TensorFile:
             )
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        if start == stop:
-            return np.empty(shape, dtype)
-        flat = np.memmap(
-            self.path, np.uint8, mode="r", offset=self._data_start + start, shape=(stop - start,)
-        )
-        return np.asarray(flat).view(dtype).reshape(shape)
+        try:
+            if start == stop:
+                return np.empty(shape, dtype)
+            flat = np.memmap(
+                self.path,
+                np.uint8,
+                mode="r",
+                offset=self._data_start + start,
+                shape=(stop - start,),
+            )
+            return np.asarray(flat).view(dtype).reshape(shape)
+        except ValueError as error:  # a shape beyond NumPy's limits
+            raise FormatError(
+                f"tensor {name!r} in {self.path} cannot be an array: {error}"
+            ) from error
 
     def _entry(self, name: str) -> dict[str, Any]:
         if self._closed:
@@ -151,7 +163,8 @@ def write_file(
 
     Everything goes to a new file in the same folder, reaches the disk, and takes the name in one
     step.  On any error the new file is removed and what ``path`` named before is untouched.
-    A symbolic link is followed, so that it stays a link.
+    A symbolic link is followed, so that it stays a link.  A file that is replaced keeps its
+    permissions; a new one has those of any new file.
 
     Raises
     ------
@@ -164,7 +177,8 @@ def write_file(
     from safetensors.numpy import save_file
 
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    _refuse_folder(target)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}.tmp"
     known = set(_DTYPES.values())
     for name, value in tensors.items():
         if value.dtype not in known:
@@ -173,19 +187,42 @@ def write_file(
                 f"{', '.join(kind.name for kind in _DTYPES.values())}"
             )
     try:
+        mode = _permissions(target, temporary)
         contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         # ascontiguousarray makes 0-d arrays 1-d; the shape is given back.
         shaped = {name: array.reshape(tensors[name].shape) for name, array in contiguous.items()}
         try:
-            save_file(shaped, temporary, metadata=dict(metadata))
+            save_file(shaped, temporary, metadata=dict(metadata) or None)
         except SafetensorError as error:
             raise OSError(f"{target} could not be written: {error}") from error
+        temporary.chmod(mode)  # safetensors makes its files private
         _flush(temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
         _flush(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
+def _permissions(target: Path, temporary: Path) -> int:
+    """Mode bits that ``target`` has or, if there is none yet, that a new file gets here.
+
+    Creates ``temporary`` for that: asking for the umask without changing it is not possible.
+    """
+    try:
+        return stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        pass
+    try:
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    return stat.S_IMODE(temporary.stat().st_mode)
 
 
 def _flush(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..dtypes import Operand, operand
 from ..errors import DTypeError, FormatError, NonFiniteError, PatternError, ShapeError
 from ..pattern import Pattern
 from .check import check_values
-from .quantize import dequantize, positive_zeros, quantize
+from .quantize import dequantize, has_negative_zeros, positive_zeros, quantize
 from .slide import slide_rows
 from .tensorfile import TensorFile, write_file
 
@@ -44,6 +44,8 @@ class SparseWeight:
         The pattern that ``values`` fits.
     dtype:
         The operand format of ``values``.
+    threads:
+        CPU threads for checking the parts; not kept.
 
     Raises
     ------
@@ -55,13 +57,20 @@ class SparseWeight:
     scales: NDArray | None
     pattern: Pattern
     dtype: Operand
+    threads: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, threads: int | None) -> None:
         _check_parts(self.values, self.scales, self.dtype)
-        check_values(self.values, self.pattern, "weight", threads=None)
-        for part in (self.values, self.scales):
+        check_values(self.values, self.pattern, "weight", threads=threads)
+        values = self.values
+        if has_negative_zeros(values):
+            values = values.copy()
+            positive_zeros(values)
+        for name, part in (("values", values), ("scales", self.scales)):
             if part is not None:
-                part.flags.writeable = False
+                own = part.view()  # the caller's array stays as writable as it was
+                own.flags.writeable = False
+                object.__setattr__(self, name, own)
 
     @classmethod
     def from_array(
@@ -99,7 +108,7 @@ class SparseWeight:
         view = as_matrix(weight, "weight", "(N, K)")
         check_values(view, parsed, "weight", threads=threads)
         values, scales = quantize(view, row, threads=threads)
-        return cls(values, scales, parsed, row)
+        return cls(values, scales, parsed, row, threads)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -168,11 +177,12 @@ class SparseWeight:
                     f"{path} holds the tensors {sorted(file.keys())}; a {row.name} weight holds "
                     f"{sorted(expected)}"
                 )
-            parts = {name: np.array(file.read(name)) for name in expected}
+            try:
+                parts = {name: np.array(file.read(name)) for name in expected}
+            except DTypeError as error:
+                raise FormatError(f"{path} contradicts itself: {error}") from error
         values = parts["values"]
         try:
-            _check_parts(values, parts.get("scales"), row)
-            positive_zeros(values)
             return cls(values, parts.get("scales"), pattern, row)
         except (ShapeError, DTypeError, NonFiniteError, PatternError) as error:
             raise FormatError(f"{path} contradicts itself: {error}") from error
@@ -215,7 +225,7 @@ def _check_parts(values: NDArray, scales: NDArray | None, row: Operand) -> None:
             f"values has K = {values.shape[1]}; {row.name} sums are exact up to K = {row.max_k}; "
             f"split the layer along K"
         )
-    if row.name == "int8" and (values == -128).any():
+    if row.name == "int8" and values.min() < -127:
         raise NonFiniteError("values holds -128; int8 weights lie in -127..127")
     if row.scaled != (scales is not None):
         raise ShapeError(

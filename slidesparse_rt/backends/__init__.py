@@ -1,0 +1,97 @@
+"""The backends, by name, and how one is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import Device
+from ..errors import BackendUnavailable, OptionError
+from .base import Backend, Config, Problem, Support
+from .machine import gpu_refusal
+
+__all__ = ["BACKENDS", "Backend", "Choice", "Config", "Problem", "Support", "choose", "needs_gpu"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Where a backend lives, where it runs, and the libraries without which it is not imported."""
+
+    module: str
+    name: str
+    runs_on: str
+    libraries: tuple[str, ...] = ()
+
+
+#: Every backend; "auto" takes the first that can run.
+_ROWS = {
+    "cusparselt": _Row("cusparselt", "CusparseltBackend", "cuda", ("cusparseLt", "nvrtc")),
+    "dense": _Row("dense", "DenseBackend", "cuda", ("cublasLt", "nvrtc")),
+    "reference": _Row("reference", "ReferenceBackend", "cpu"),
+}
+#: What ``backend=`` takes.
+BACKENDS = ("auto", *_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The outcome of :func:`choose`: a backend, and why each other one was refused."""
+
+    backend: Backend
+    refused: dict[str, str]
+
+
+def needs_gpu(name: str) -> bool:
+    """Whether the backend ``name`` runs on a GPU; OptionError for a name that does not exist."""
+    if name == "auto":
+        return False
+    return _row(name).runs_on == "cuda"
+
+
+def choose(name: str, problem: Problem, device: Device) -> Choice:
+    """The backend that ``name`` asks for, able to run ``problem`` on ``device``.
+
+    Raises BackendUnavailable with every backend's reason if there is none, and OptionError for a
+    name that does not exist.
+    """
+    wanted = list(_ROWS) if name == "auto" else [name]
+    refused: dict[str, str] = {}
+    chosen: Backend | None = None
+    for candidate in wanted:
+        backend, why_not = _able(_row(candidate), problem, device)
+        if backend is None:
+            refused[candidate] = why_not
+        elif chosen is None:
+            chosen = backend
+    if chosen is None:
+        reasons = "\n".join(f"  {key}: {why}" for key, why in refused.items())
+        raise BackendUnavailable(
+            f"no backend can run a {problem.pattern.name} {problem.dtype.name} weight on {device} "
+            f"(backend={name!r}):\n{reasons}\n`slidesparse doctor` shows what is missing"
+        )
+    return Choice(chosen, refused)
+
+
+def _row(name: str) -> _Row:
+    row = _ROWS.get(name) if isinstance(name, str) else None
+    if row is None:
+        raise OptionError(
+            f"backend {name!r} is unknown; allowed are {', '.join(map(repr, BACKENDS))}"
+        )
+    return row
+
+
+def _able(row: _Row, problem: Problem, device: Device) -> tuple[Backend | None, str]:
+    """The backend, if it can run ``problem`` on ``device``; why not, otherwise."""
+    if device.kind != row.runs_on:
+        where = "a GPU" if row.runs_on == "cuda" else "the CPU"
+        return None, f"it runs on {where}, and the plan is on {device}"
+    if row.runs_on == "cuda":
+        missing = gpu_refusal(row.libraries, device)
+        if missing:
+            return None, missing
+    module: Any = importlib.import_module(f"{__name__}.{row.module}")
+    backend: Backend = getattr(module, row.name)()
+    support = backend.supports(problem, device)
+    return (backend, "") if support.ok else (None, support.why_not)

@@ -1,0 +1,1 @@
+"""Finding, loading and binding the CUDA libraries; nothing here knows about patterns."""

@@ -1,0 +1,440 @@
+"""SparseGemmPlan: prepare a weight once, multiply by it often."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .arrays import (
+    CPU,
+    Device,
+    NDArray,
+    device_of,
+    library_of,
+    refuse_autograd,
+    to_numpy,
+    wrap_numpy,
+    writable_numpy,
+)
+from .backends import Choice, Problem, choose, needs_gpu
+from .backends.base import RawWeight
+from .backends.machine import gpu_refusal
+from .dtypes import ArrayType, Operand, array_type, operand
+from .errors import (
+    BackendUnavailable,
+    DeviceError,
+    NonFiniteError,
+    OptionError,
+    PatternError,
+    PlanClosed,
+    ShapeError,
+)
+from .options import PlanOptions
+from .packing.weight import SparseWeight
+from .pattern import Pattern
+
+__all__ = ["SparseGemmPlan", "sparse_matmul"]
+
+_DEFAULT_DTYPE = "int8"
+
+
+class SparseGemmPlan:
+    """A weight, checked, quantized and packed, ready to multiply: ``y = x @ weight.T + bias``.
+
+    Parameters
+    ----------
+    weight:
+        Shape (N, K), float32, float16 or bfloat16, of any library, on the CPU (any strides) or on
+        the plan's GPU (contiguous rows), fitting ``pattern``; or a
+        :class:`~slidesparse_rt.SparseWeight`, which brings pattern and dtype.
+    pattern:
+        "2:4", "4:6", "6:8", ... or "dense"; see :class:`~slidesparse_rt.Pattern`.
+    dtype:
+        Operand format: "int8" (the default), "fp8_e4m3", "bf16" or "fp16".
+    bias:
+        Shape (N,), added in float32; or ``None``.
+    out_dtype:
+        "float32", "float16" or "bfloat16"; ``None`` takes the type of each ``x``.
+    backend:
+        "auto", or the name of one backend, which then runs or raises: nothing is substituted.
+    device:
+        Where the plan runs: "cpu", "cuda", "cuda:1"; ``None`` takes the weight's device, or the
+        first GPU if ``backend`` needs one.
+    options:
+        :class:`~slidesparse_rt.PlanOptions`.
+
+    Raises
+    ------
+    PatternError
+        If the weight does not fit its pattern, or the pattern does not exist.
+    NonFiniteError
+        If weight or bias hold a NaN or an infinity.
+    BackendUnavailable
+        If no backend, or not the one asked for, can run this weight here; says why.
+    DeviceMemoryError
+        If the GPU is out of memory; nothing stays allocated.
+    ShapeError, DTypeError, ArrayError, DeviceError, OptionError
+        For arguments that are not as described.
+
+    Notes
+    -----
+    Numerics are defined in docs/numerics.md and are the same for every backend; int8 results are
+    identical to the bit.  A plan may be used from several threads.  It is a context manager.
+    """
+
+    def __init__(
+        self,
+        weight: Any,
+        pattern: str | Pattern | None = None,
+        *,
+        dtype: str | Operand | None = None,
+        bias: Any = None,
+        out_dtype: str | None = None,
+        backend: str = "auto",
+        device: Any = None,
+        options: PlanOptions | None = None,
+    ) -> None:
+        self._closed = True
+        self._options = PlanOptions() if options is None else options
+        if not isinstance(self._options, PlanOptions):
+            raise OptionError(f"options is {options!r}; allowed is a PlanOptions or None")
+        self._out_type = None if out_dtype is None else array_type(out_dtype)
+        home, source = _intake(weight, pattern, dtype)
+        if device is not None:
+            self._device = Device.parse(device)
+        else:
+            # A GPU backend asked for by name runs on the first GPU, wherever the weight was.
+            self._device = Device("cuda") if needs_gpu(backend) and home == CPU else home
+        if home not in (CPU, self._device):
+            raise DeviceError(
+                f"weight is on {home}, but the plan is to run on {self._device}; move it"
+            )
+        self._requested = backend
+        source = _readable(source, home)
+        self._problem = _problem(source)
+        self._choice: Choice = choose(backend, self._problem, self._device)
+        self._weight: SparseWeight | None = None
+        if self._device == CPU and isinstance(source, RawWeight):
+            source = SparseWeight.from_array(
+                source.array, source.pattern, dtype=source.operand, threads=self._options.threads
+            )
+        if isinstance(source, SparseWeight):
+            self._weight = source
+        self._bias = _checked_bias(bias, self._problem.n)
+        self._prepared = self._choice.backend.prepare(
+            source, self._bias, self._device, self._options
+        )
+        self._lock = threading.Lock()
+        if self._device != CPU:
+            from .gpu_run import GpuRunner
+
+            try:
+                self._runner: Any = GpuRunner(
+                    self._prepared, self._problem, self._device, self._options
+                )
+            except BaseException:
+                self._prepared.close()
+                raise
+        self._closed = False
+
+    @property
+    def weight(self) -> SparseWeight | None:
+        """The quantized weight; ``None`` where it was quantized on a GPU and only packed there."""
+        return self._weight
+
+    @property
+    def pattern(self) -> Pattern:
+        """The weight's pattern."""
+        return self._problem.pattern
+
+    @property
+    def dtype(self) -> str:
+        """The operand format's name."""
+        return self._problem.dtype.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K): output channels and inputs."""
+        return self._problem.n, self._problem.k
+
+    @property
+    def device(self) -> str:
+        """Where the plan runs: "cpu" or "cuda:<index>"."""
+        return str(self._device)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs."""
+        return self._choice.backend.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the plan holds: packed weight, scales, bias, and workspace on a GPU."""
+        if self._closed:
+            return 0
+        if self._device == CPU:
+            return int(self._prepared.nbytes) + (0 if self._weight is None else self._weight.nbytes)
+        return int(self._prepared.nbytes) + int(self._runner.workspace.nbytes)
+
+    def run(self, x: Any, *, out: Any = None, stream: Any = None) -> Any:
+        """Multiply: ``y = x @ weight.T + bias``.
+
+        Parameters
+        ----------
+        x:
+            Shape (..., K), float32, float16 or bfloat16, on the plan's device.  On the CPU with any
+            strides; on a GPU each row must be contiguous and rows evenly apart.
+            A token (a row of K) that holds a NaN or an infinity gives a row of NaN, and changes no
+            other row.
+        out:
+            Shape (..., N), of the result's type, writable, not overlapping x; ``None`` allocates
+            one of x's kind, from its own library.
+        stream:
+            CUDA stream for a plan on a GPU: an address, or an object with ``__cuda_stream__``;
+            ``None`` takes the current stream of x's library.  Must be ``None`` on the CPU.
+
+        Returns
+        -------
+        array
+            ``out``, or a new array of x's kind, shape (..., N).
+
+        Raises
+        ------
+        PlanClosed
+            After :meth:`close`.
+        CaptureError
+            If a CUDA graph is being captured and the plan was not prepared for this many tokens.
+        DeviceMemoryError
+            If there is no memory for workspace or result; the plan stays usable.
+        ShapeError, DTypeError, ArrayError, DeviceError, OptionError
+            For arguments that are not as described.
+
+        Notes
+        -----
+        On a GPU the call returns when the work is launched.  The first run for a number of tokens
+        may search for the fastest algorithm, which takes a moment; :meth:`prepare` does it ahead.
+        """
+        if self._closed:
+            raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+        if self._device != CPU:
+            return self._runner.run(x, self._out_type, out, stream)
+        if stream is not None:
+            raise OptionError("stream is given, but this plan runs on the CPU; omit stream=")
+        return self._run_on_cpu(x, out)
+
+    def prepare(
+        self, tokens: Iterable[int], *, x_dtype: str = "bfloat16", stream: Any = None
+    ) -> None:
+        """Make everything ready for runs with these numbers of tokens; needed before a capture.
+
+        Compiles kernels, searches algorithms and allocates workspace, for the calling thread and
+        ``stream``, so that :meth:`run` with as many tokens neither allocates nor waits.  On the CPU
+        there is nothing to prepare.
+
+        Parameters
+        ----------
+        tokens:
+            Numbers of tokens (M), each at least 1.
+        x_dtype:
+            Type of the activations to come.
+        stream:
+            As in :meth:`run`; ``None`` is the legacy default stream.
+
+        Raises
+        ------
+        PlanClosed, DeviceMemoryError, OptionError, DTypeError, LibraryError
+            As :meth:`run`.
+        """
+        if self._closed:
+            raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+        wanted = list(tokens)
+        for count in wanted:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise OptionError(f"tokens holds {count!r}; allowed are whole numbers from 1 on")
+        kind = array_type(x_dtype)
+        if self._device != CPU:
+            self._runner.prepare(wanted, kind, self._out_type or kind, stream)
+
+    def explain(self) -> str:
+        """What runs, where, why, and what was refused, for people."""
+        n, k = self.shape
+        pattern = self.pattern
+        lines = [
+            f"SparseGemmPlan {n} x {k}, pattern {pattern.name}, {self.dtype}, on {self._device}",
+            f"  backend: {self.backend} (asked for: {self._requested})",
+            f"  K' = {pattern.slid_k(k)} after sliding, {float(pattern.expansion):.3f} x K; at "
+            f"most {float(pattern.speed_bound):.3f} x dense speed on sparse tensor cores",
+            f"  memory: {self.nbytes:,} bytes held",
+        ]
+        lines += [f"  refused {name}: {why}" for name, why in self._choice.refused.items()]
+        if self._closed:
+            lines.append("  closed")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Give back what the plan holds; closing twice is allowed.
+
+        On a GPU, runs that were launched are finished first; CUDA graphs that captured this plan
+        must not run again.
+        """
+        if self._closed:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._device != CPU:
+            self._runner.close()
+        self._prepared.close()
+
+    def __enter__(self) -> SparseGemmPlan:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else self.backend
+        return (
+            f"SparseGemmPlan({self.shape[0]} x {self.shape[1]}, {self.pattern.name}, "
+            f"{self.dtype}, {self._device}, {state})"
+        )
+
+    def _run_on_cpu(self, x: Any, out: Any) -> Any:
+        refuse_autograd(x)
+        device = device_of(x, "x")
+        if device != CPU:
+            raise DeviceError(
+                f"x is on {device}, but the plan is on {self._device}; move x, or make the plan "
+                f"with device={str(device)!r}"
+            )
+        view = to_numpy(x, "x")
+        if view.ndim == 0 or view.shape[-1] != self._problem.k:
+            raise ShapeError(
+                f"x has shape {view.shape}; allowed is (..., {self._problem.k}): the last extent "
+                f"is the weight's K"
+            )
+        kind = self._out_type or array_type(view.dtype)
+        shape = (*view.shape[:-1], self._problem.n)
+        target = None if out is None else writable_numpy(out, shape, kind, view)
+        # A target that is no plain matrix is filled from one.
+        direct = target is not None and target.flags.c_contiguous
+        y = target if target is not None and direct else np.empty(shape, kind.dtype)
+        rows = int(np.prod(shape[:-1], dtype=np.int64))
+        self._launch(view.reshape(rows, self._problem.k), y.reshape(rows, self._problem.n), kind)
+        if target is None:
+            return wrap_numpy(y, x)
+        if not direct:
+            target[...] = y
+        return out
+
+    def _launch(self, x: NDArray, out: NDArray, kind: ArrayType) -> None:
+        backend = self._choice.backend
+        config = backend.candidates(self._problem)[0]
+        backend.launch(self._prepared, x, out, kind, None, 0, config)
+
+
+def sparse_matmul(
+    x: Any,
+    weight: Any,
+    pattern: str | Pattern | None = None,
+    *,
+    dtype: str | Operand | None = None,
+    bias: Any = None,
+    out_dtype: str | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    options: PlanOptions | None = None,
+    stream: Any = None,
+) -> Any:
+    """Multiply once: ``x @ weight.T + bias``; make a :class:`SparseGemmPlan` to multiply often.
+
+    Takes the arguments of :class:`SparseGemmPlan`, save ``device`` (it runs where x is), and those
+    of :meth:`SparseGemmPlan.run`; raises their errors, and returns what ``run`` returns.
+    """
+    with SparseGemmPlan(
+        weight,
+        pattern,
+        dtype=dtype,
+        bias=bias,
+        out_dtype=out_dtype,
+        backend=backend,
+        device=None if needs_gpu(backend) else device_of(x, "x"),
+        options=options,
+    ) as plan:
+        return plan.run(x, out=out, stream=stream)
+
+
+def _intake(
+    weight: Any, pattern: str | Pattern | None, dtype: str | Operand | None
+) -> tuple[Device, SparseWeight | RawWeight]:
+    """The weight's device, and the weight with its pattern and operand format."""
+    if isinstance(weight, SparseWeight):
+        if pattern is not None and Pattern.parse(pattern) != weight.pattern:
+            raise PatternError(
+                f"pattern={str(pattern)!r} contradicts the weight's own {weight.pattern.name!r}; "
+                f"omit pattern="
+            )
+        if dtype is not None and operand(dtype) != weight.dtype:
+            raise OptionError(
+                f"dtype={dtype!r} contradicts the weight's own {weight.dtype.name!r}; omit dtype="
+            )
+        return CPU, weight
+    if pattern is None:
+        raise OptionError('pattern is missing; type for example pattern="6:8"')
+    row = operand(_DEFAULT_DTYPE if dtype is None else dtype)
+    return device_of(weight, "weight"), RawWeight(weight, Pattern.parse(pattern), row)
+
+
+def _readable(source: SparseWeight | RawWeight, home: Device) -> SparseWeight | RawWeight:
+    """The source; one known only through DLPack as an array that has a shape."""
+    if isinstance(source, SparseWeight) or library_of(source.array) != "dlpack":
+        return source
+    if home == CPU:
+        return RawWeight(to_numpy(source.array, "weight"), source.pattern, source.operand)
+    missing = gpu_refusal((), home)
+    if missing:
+        raise BackendUnavailable(f"no backend can run a weight on {home}: {missing}")
+    from .device_arrays import to_cupy
+
+    return RawWeight(to_cupy(source.array, "weight"), source.pattern, source.operand)
+
+
+def _problem(source: SparseWeight | RawWeight) -> Problem:
+    if isinstance(source, SparseWeight):
+        return Problem(source.n, source.k, source.pattern, source.dtype)
+    shape = tuple(source.array.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ShapeError(
+            f"weight has shape {shape}; allowed is (N, K): two dimensions, each at least 1"
+        )
+    return Problem(int(shape[0]), int(shape[1]), source.pattern, source.operand)
+
+
+def _checked_bias(bias: Any, n: int) -> NDArray | None:
+    if bias is None:
+        return None
+    if device_of(bias, "bias").kind == "cuda":
+        from .device_arrays import to_host
+
+        view = to_host(bias, "bias")
+    else:
+        view = to_numpy(bias, "bias")
+    if view.shape != (n,):
+        raise ShapeError(f"bias has shape {view.shape}; allowed is ({n},), one for each output")
+    wide = np.array(view, dtype=np.float32)
+    if not np.isfinite(wide).all():
+        raise NonFiniteError(
+            f"bias holds a NaN or an infinity at index {int(np.argmax(~np.isfinite(wide)))}; "
+            f"it must be finite"
+        )
+    return wide

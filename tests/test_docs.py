@@ -1,0 +1,203 @@
+"""What the documentation says is true: its examples run, its links lead somewhere, its tables agree
+with the code and with the measured results that they quote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+import slidesparse_rt as ss
+from slidesparse_rt.dtypes import storage_bits
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]
+)
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A Python block of a page, and the text block right below it, which is its output."""
+
+    code: str
+    output: str | None
+    line: int
+    runs_here: bool
+
+
+def examples(page: Path) -> Iterator[Example]:
+    """Python blocks; those marked ``python gpu`` need a GPU."""
+    text = page.read_text(encoding="utf-8")
+    blocks = list(FENCE.finditer(text))
+    for block, after in itertools.zip_longest(blocks, blocks[1:]):
+        language, _, needs = block["info"].partition(" ")
+        if language != "python":
+            continue
+        follows = (
+            after is not None
+            and after["info"] == "text"
+            and not text[block.end() : after.start()].strip()
+        )
+        yield Example(
+            code=block["body"],
+            output=after["body"] if after is not None and follows else None,
+            line=text.count("\n", 0, block.start("body")),
+            runs_here=not needs,
+        )
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that a page's headings can be linked by, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def with_examples() -> list[Path]:
+    return [page for page in PAGES if any(one.runs_here for one in examples(page))]
+
+
+def test_the_pages_that_a_newcomer_reads_have_examples() -> None:
+    named = {name_of(page) for page in with_examples()}
+    assert {"README.md", "docs/patterns.md", "docs/numerics.md"} <= named
+
+
+@pytest.mark.parametrize("page", with_examples(), ids=name_of)
+def test_examples_run_and_print_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in examples(page):
+        # Line numbers of the page, so that a traceback leads to it.
+        code = compile("\n" * example.line + example.code, str(page), "exec")
+        if not example.runs_here:
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        if example.output is not None:
+            assert printed.getvalue() == example.output
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith(("https://", "http://")):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{name_of(page)} links to {link}, which does not exist"
+        if anchor:
+            assert anchor in anchors(file), f"{name_of(page)} links to {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_that_pages_name_exist(page: Path) -> None:
+    from slidesparse_rt.cli.app import app
+
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    commands = {
+        command.name or command.callback.__name__
+        for command in app.registered_commands
+        if command.callback is not None
+    }
+    blocks = [block["body"] for block in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    code = "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", prose(page))])
+    assert set(re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE)) <= targets
+    assert set(re.findall(r"^slidesparse ([a-z]+)", code, re.MULTILINE)) <= commands
+
+
+def test_the_readme_shows_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\nmake demo" in text
+    assert "\nmake test" in text
+
+
+def test_result_files_that_pages_name_exist_and_say_what_they_were_measured_on() -> None:
+    named = {
+        file
+        for page in PAGES
+        for file in re.findall(r"results/[\w.-]+\.json", page.read_text(encoding="utf-8"))
+    }
+    assert "results/packing-cpu.json" in named
+    for file in named:
+        result = json.loads((ROOT / "benchmarks" / file).read_text(encoding="utf-8"))
+        assert {"command", "commit", "versions"} <= set(result), file
+
+
+def test_the_packing_results_are_quoted_as_measured() -> None:
+    script = ROOT / "benchmarks" / "packing.py"
+    spec = importlib.util.spec_from_file_location("packing_benchmark", script)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up.
+    with patch.dict(sys.modules, {spec.name: benchmark}):
+        spec.loader.exec_module(benchmark)
+    result = json.loads(
+        (ROOT / "benchmarks" / "results" / "packing-cpu.json").read_text(encoding="utf-8")
+    )
+    page = (ROOT / "docs" / "packing-speed.md").read_text(encoding="utf-8")
+    assert benchmark.quote(page, result) == page
+    assert f"{result['results'][0]['weights_per_second'] / 1e6:.0f}" in page
+
+
+def test_the_pattern_table_is_computed() -> None:
+    page = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `.*$", page, re.MULTILINE)
+    expected = []
+    for pattern in ss.PATTERNS:
+        ratios = []
+        for bits in (8, 16):
+            dense, slid = storage_bits(bits, pattern.group, pattern.windows)
+            ratios.append(f"{slid / dense:.3f}")
+        expansion, bound = pattern.expansion, pattern.speed_bound
+        expected.append(
+            f"| `{pattern.name}` | {pattern.windows} | {pattern.group} to {pattern.slots} | "
+            f"{100 * pattern.keep / pattern.group:.1f} % | {expansion} = {float(expansion):.3f} | "
+            f"{bound} = {float(bound):.3f} | {ratios[0]} | {ratios[1]} |"
+        )
+    assert rows == expected
+
+
+def test_the_rooms_are_those_that_the_import_rules_know() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", page, re.MULTILINE)
+    rules = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    # The rules list the highest first; rooms on one line stand beside each other.
+    floors = re.findall(
+        r'^  "(slidesparse_rt\.\w+(?: : slidesparse_rt\.\w+)*)",$', rules, re.MULTILINE
+    )
+    listed = [re.findall(r"slidesparse_rt\.(\w+)", floor) for floor in reversed(floors)]
+    assert rooms == [room for floor in listed for room in floor]
+    for room in rooms:
+        home = ROOT / "slidesparse_rt" / room
+        assert home.is_dir() or home.with_suffix(".py").is_file()
