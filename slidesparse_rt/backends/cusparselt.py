@@ -1,0 +1,269 @@
+"""Sparse products through cuSPARSELt: the portable GPU backend.
+
+Layout that the library takes (weights are the structured operand A): W (N, K') row-major is
+declared column-major K' x N and transposed; X (M, K') row-major is column-major K' x M; D is
+column-major N x M, which is (M, N) row-major.  Extents and leading dimensions are multiples of 16
+bytes for X and of 32 bytes for W, counted in elements.
+
+int8 sums come as int32 and are exact; fp8 sums come as float32; bf16 and fp16 results come rounded
+to their own type.  Token scales are a second pass: the library cannot fuse scales for both sides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import partial
+
+from ..device_arrays import on_device
+from ..dtypes import ArrayType
+from ..errors import LibraryError
+from ..ffi.checked import DataType, HostScalar
+from ..ffi.cusparselt import (
+    AlgAttribute,
+    AlgSelection,
+    Compute,
+    Handle,
+    MatDescriptor,
+    MatmulDescriptor,
+    MatmulPlan,
+    Operation,
+    SplitKMode,
+)
+from ..ffi.cusparselt import library as cusparselt_library
+from ..ffi.handles import SHARED
+from ..ffi.libraries import version_text
+from ..options import PlanOptions
+from .base import Problem, Support
+from .fp16_probe import fp16_problem
+from .gpu_device import Buffer, GpuDevice
+from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_weight import GpuWeight
+
+__all__ = ["CusparseltBackend"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """How the library multiplies one operand format."""
+
+    operand: DataType
+    sums: DataType
+    sums_type: str
+    compute: Compute
+    #: Lowest compute capability, and the first library version that has it there.
+    capability: tuple[int, int]
+
+
+_FORMATS = {
+    "int8": _Format(DataType.I8, DataType.I32, "int32", Compute.I32, (8, 0)),
+    "fp8_e4m3": _Format(DataType.E4M3, DataType.F32, "float32", Compute.F32, (8, 9)),
+    "bf16": _Format(DataType.BF16, DataType.BF16, "bfloat16", Compute.F32, (8, 0)),
+    "fp16": _Format(DataType.F16, DataType.F16, "float16", Compute.F32, (8, 0)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The algorithm that a search chose for one problem."""
+
+    config_id: int
+    split_k: int
+    split_k_mode: int
+
+
+class _Product:
+    """A searched cuSPARSELt plan for one padded number of tokens."""
+
+    direct = False
+
+    def __init__(self, prepared: CusparseltPrepared, plan: MatmulPlan, scratch_bytes: int) -> None:
+        self.scratch_bytes = scratch_bytes
+        self._plan = plan
+        self._weight = prepared.compressed.pointer
+        self._one = HostScalar(ctypes.c_float, 1.0)
+        self._zero = HostScalar(ctypes.c_float, 0.0)
+
+    def launch(
+        self, tokens: int, token_scales: int, target: int, scratch: int, stream: int
+    ) -> None:
+        del token_scales
+        self._plan.matmul(
+            self._one.address,
+            self._weight,
+            tokens,
+            self._zero.address,
+            target,
+            target,
+            scratch,
+            stream,
+        )
+
+
+class CusparseltPrepared(GpuPrepared):
+    """A weight compressed by cuSPARSELt."""
+
+    def __init__(self, weight: GpuWeight, options: PlanOptions, stream: int) -> None:
+        super().__init__(weight, weight.pattern, options)
+        format_ = _FORMATS[weight.operand.name]
+        self.format = format_
+        size = weight.operand.bits // 8
+        self.token_multiple = 16 // size
+        self.row_length = round_up(weight.pattern.slid_k(weight.k), 32 // size)
+        self.padded_n = round_up(weight.n, 32 // size)
+        self.sums_type = format_.sums_type
+        with weight.slide(self.padded_n, self.row_length, stream) as slid:
+            self.compressed = self._compress(slid, stream)
+        weight.drop_values()
+
+    @property
+    def operand_bytes(self) -> int:
+        return self.compressed.nbytes
+
+    def can_write(self, kind: ArrayType, out: int, out_stride: int, tokens: int) -> bool:
+        """Never: one of the two scales is always left to a second pass."""
+        del kind, out, out_stride, tokens
+        return False
+
+    def make_product(self, tokens: int, direct: ArrayType | None, stream: int) -> _Product:
+        del direct
+        handle = self._handle()
+        padded = round_up(tokens, self.token_multiple)
+        choice = self._choice(handle, token_bucket(tokens), stream)
+        try:
+            plan = self._plan(handle, padded, choice)
+        except LibraryError:
+            # What was chosen for the bucket need not exist for every M in it.
+            plan = self._plan(handle, padded, None)
+        return _Product(self, plan, plan.workspace_bytes())
+
+    def release(self) -> None:
+        self.compressed.close()
+
+    def _handle(self) -> Handle:
+        return SHARED.cusparselt(self.device.index, around=partial(on_device, self.device.index))
+
+    def _structured(self, handle: Handle) -> MatDescriptor:
+        return MatDescriptor(
+            handle,
+            self.row_length,
+            self.padded_n,
+            self.row_length,
+            self.format.operand,
+            structured=True,
+        )
+
+    def _compress(self, slid: Buffer, stream: int) -> Buffer:
+        descriptor = self._structured(self._handle())
+        nbytes, scratch_bytes = descriptor.compressed_size()
+        target = self.device.allocate(nbytes)
+        scratch = self.device.allocate(scratch_bytes)
+        descriptor.compress(
+            slid.pointer, target.pointer, scratch.pointer, stream, operation=Operation.T
+        )
+        self.device.synchronize(stream)
+        scratch.close()
+        return target
+
+    def _selection(self, handle: Handle, padded_tokens: int) -> AlgSelection:
+        row = self.format
+        weight = self._structured(handle)
+        tokens = MatDescriptor(handle, self.row_length, padded_tokens, self.row_length, row.operand)
+        sums = MatDescriptor(handle, self.padded_n, padded_tokens, self.padded_n, row.sums)
+        matmul = MatmulDescriptor(
+            (Operation.T, Operation.N), (weight, tokens, sums, sums), row.compute
+        )
+        return AlgSelection(matmul)
+
+    def _plan(self, handle: Handle, padded_tokens: int, choice: Choice | None) -> MatmulPlan:
+        selection = self._selection(handle, padded_tokens)
+        if choice is not None:
+            selection.set(AlgAttribute.CONFIG_ID, choice.config_id)
+            if choice.split_k > 1:
+                selection.set(AlgAttribute.SPLIT_K, choice.split_k)
+                if choice.split_k_mode != SplitKMode.INVALID:
+                    selection.set(AlgAttribute.SPLIT_K_MODE, choice.split_k_mode)
+        return MatmulPlan(selection)
+
+    def _choice(self, handle: Handle, bucket: int, stream: int) -> Choice:
+        """What the library's search finds fastest for ``bucket`` tokens; searched once a device."""
+        key = (
+            "cusparselt",
+            handle.library.version,
+            self.padded_n,
+            self.row_length,
+            self.weight.operand.name,
+            bucket,
+        )
+        with self.device.lock:
+            found = self.device.choices.get(key)
+            if found is None:
+                found = self.device.choices[key] = self._search(handle, bucket, stream)
+        chosen: Choice = found
+        return chosen
+
+    def _search(self, handle: Handle, bucket: int, stream: int) -> Choice:
+        padded = round_up(bucket, self.token_multiple)
+        selection = self._selection(handle, padded)
+        plan = MatmulPlan(selection)
+        one, zero = HostScalar(ctypes.c_float, 1.0), HostScalar(ctypes.c_float, 0.0)
+        size = self.weight.operand.bits // 8
+        width = 2 if self.sums_type in ("bfloat16", "float16") else 4
+        with (
+            self.device.filled(padded * self.row_length * size, self.weight.operand, stream) as x,
+            self.device.allocate(padded * self.padded_n * width) as sums,
+            self.device.allocate(plan.workspace_bytes()) as scratch,
+        ):
+            plan.search(
+                one.address,
+                self.compressed.pointer,
+                x.pointer,
+                zero.address,
+                sums.pointer,
+                sums.pointer,
+                scratch.pointer,
+                stream,
+            )
+            self.device.synchronize(stream)
+        return Choice(
+            selection.get(AlgAttribute.CONFIG_ID),
+            selection.get(AlgAttribute.SPLIT_K),
+            selection.get(AlgAttribute.SPLIT_K_MODE),
+        )
+
+
+class CusparseltBackend(GpuBackend):
+    """2:4 sparse tensor cores through cuSPARSELt, every pattern lifted to windows."""
+
+    name = "cusparselt"
+
+    def supports_on(self, problem: Problem, device: GpuDevice) -> Support:
+        """Whether the library multiplies this format on this GPU."""
+        row = _FORMATS.get(problem.dtype.name)
+        if row is None:
+            return Support(False, f"cuSPARSELt has no {problem.dtype.name} product")
+        if device.capability < row.capability:
+            return Support(
+                False,
+                f"{problem.dtype.name} needs compute capability {row.capability[0]}."
+                f"{row.capability[1]}, {device.name} has {device.capability[0]}."
+                f"{device.capability[1]}",
+            )
+        version = cusparselt_library().version
+        if problem.dtype.name == "fp8_e4m3" and device.capability == (8, 9) and version < (0, 8):
+            return Support(False, "fp8 on compute capability 8.9 needs cuSPARSELt 0.8 or newer")
+        if problem.dtype.name == "fp16":
+            wrong = fp16_problem(
+                device.index, (device.name, device.driver_version, version_text(version))
+            )
+            if wrong:
+                return Support(
+                    False,
+                    f"fp16 products of cuSPARSELt {version_text(version)} fail on {device.name} "
+                    f"(tried in a process of its own: {wrong}); use bf16, or backend='dense'",
+                )
+        return Support(True)
+
+    def pack(self, weight: GpuWeight, options: PlanOptions, stream: int) -> CusparseltPrepared:
+        """Slide and compress the weight."""
+        return CusparseltPrepared(weight, options, stream)

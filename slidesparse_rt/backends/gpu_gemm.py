@@ -1,0 +1,353 @@
+"""What the GPU backends have in common: quantize and lift, multiply, dequantize.
+
+A launch works in one block of workspace::
+
+    | quantized tokens (Mp, K'p) | token scales (Mp) | accumulators (Mp, Np) | the library's own |
+
+Mp, K'p and Np are M, K' and N rounded up as the library needs.  Where the library can write the
+result itself, the accumulators take no space and the last step is left out.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..arrays import Device, NDArray
+from ..device_arrays import DeviceArray, on_device
+from ..dtypes import ArrayType
+from ..errors import CaptureError
+from ..kernels.launch import Dequantizer, Quantizer, dequantizer, quantizer
+from ..options import PlanOptions
+from ..packing.weight import SparseWeight
+from ..pattern import Pattern
+from .base import Config, Problem, RawWeight, Support
+from .gpu_device import GpuDevice, gpu_device, is_capturing
+from .gpu_weight import GpuWeight
+from .workspace import Workspace
+
+__all__ = ["GpuBackend", "GpuPrepared", "Layout", "Product", "round_up", "token_bucket"]
+
+#: Products and steps that one thread keeps ready for one plan; each is a few kilobytes.
+_KEPT = 128
+_ALIGNMENT = 256
+
+
+def round_up(value: int, multiple: int) -> int:
+    """``value`` rounded up to a multiple."""
+    return -(-value // multiple) * multiple
+
+
+def token_bucket(tokens: int) -> int:
+    """The next power of two, from 16 on: M for which algorithms are chosen."""
+    return max(16, 1 << (tokens - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where things lie in the workspace of a launch, as byte offsets from its start."""
+
+    padded_tokens: int
+    scales: int
+    sums: int
+    scratch: int
+    nbytes: int
+
+
+class Product(Protocol):
+    """A matrix product that is ready to launch for one number of tokens."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Workspace that the library needs."""
+        ...
+
+    @property
+    def direct(self) -> bool:
+        """Whether it writes the result itself, scales and bias included."""
+        ...
+
+    def launch(
+        self, tokens: int, token_scales: int, target: int, scratch: int, stream: int
+    ) -> None:
+        """Multiply the tokens at ``tokens`` into ``target``; all are device addresses."""
+        ...
+
+
+class GpuPrepared(ABC):
+    """A weight on a GPU in a backend's own form; subclasses bring the product."""
+
+    def __init__(self, weight: GpuWeight, lift: Pattern, options: PlanOptions) -> None:
+        self.device: GpuDevice = weight.device
+        self.weight = weight
+        self.options = options
+        #: How activations are repeated: the weight's pattern, or 2:4, which repeats nothing.
+        self.lift = lift
+        self._threads = threading.local()
+        self._quantizers: dict[str, Quantizer] = {}
+        self._dequantizers: dict[str, Dequantizer] = {}
+
+    # What a backend decides.
+
+    #: Multiples that tokens and the row length of quantized tokens are padded to, in elements.
+    token_multiple: int
+    row_length: int
+    #: Columns of the accumulators, and their type's name in the kernel catalogue.
+    padded_n: int
+    sums_type: str
+
+    @property
+    @abstractmethod
+    def operand_bytes(self) -> int:
+        """Bytes of the weight in the backend's own form."""
+
+    @abstractmethod
+    def make_product(self, tokens: int, direct: ArrayType | None, stream: int) -> Product:
+        """Make the product for ``tokens`` tokens; ``direct``: may write results of that type.
+
+        It may allocate, search and wait.
+        """
+
+    @abstractmethod
+    def can_write(self, kind: ArrayType, out: int, out_stride: int, tokens: int) -> bool:
+        """Whether the library could write a result of ``kind`` at this address itself."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back the backend's own form of the weight."""
+
+    # What they share.
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory held: the packed weight, scales and bias."""
+        return self.operand_bytes + self.weight.vector_bytes
+
+    def close(self) -> None:
+        """Give all device memory back."""
+        self._threads = threading.local()
+        self.release()
+        self.weight.close()
+
+    def step(
+        self, tokens: int, x_kind: ArrayType, out_kind: ArrayType, direct: bool, stream: int
+    ) -> Step:
+        """What a launch for ``tokens`` tokens does, from this thread's cache or new.
+
+        Raises CaptureError where it would have to be made while ``stream`` is captured.
+        """
+        threads = self._threads
+        cache: OrderedDict[tuple[int, str, str, bool], Step] | None
+        cache = getattr(threads, "steps", None)
+        if cache is None:
+            cache = threads.steps = OrderedDict()
+        key = (tokens, x_kind.name, out_kind.name, direct)
+        found = cache.get(key)
+        if found is None:
+            found = cache[key] = Step(self, tokens, x_kind, out_kind, direct, stream)
+            if len(cache) > _KEPT:
+                cache.popitem(last=False)
+        else:
+            cache.move_to_end(key)
+        return found
+
+    def layout(self, product: Product, tokens: int) -> Layout:
+        """Where things lie for ``tokens`` tokens."""
+        padded = round_up(tokens, self.token_multiple)
+        operand = self.weight.operand
+        scales = round_up(padded * self.row_length * operand.bits // 8, _ALIGNMENT)
+        sums = scales + round_up(padded * 4 if operand.scaled else 0, _ALIGNMENT)
+        width = 2 if self.sums_type in ("bfloat16", "float16") else 4
+        taken = 0 if product.direct else padded * self.padded_n * width
+        scratch = sums + round_up(taken, _ALIGNMENT)
+        return Layout(padded, scales, sums, scratch, scratch + product.scratch_bytes)
+
+    def product(self, tokens: int, direct: ArrayType | None, stream: int) -> Product:
+        """The product for ``tokens``, from this thread's cache or new.
+
+        Raises CaptureError where it would have to be made while ``stream`` is captured.
+        """
+        cache: OrderedDict[tuple[int, str], Product] | None
+        cache = getattr(self._threads, "products", None)
+        if cache is None:
+            cache = self._threads.products = OrderedDict()
+        key = (tokens, "" if direct is None else direct.name)
+        found = cache.get(key)
+        if found is not None:
+            cache.move_to_end(key)
+            return found
+        if is_capturing(stream):
+            raise CaptureError(
+                f"a CUDA graph is being captured, and this plan is not prepared for {tokens} "
+                f"tokens on this thread; call plan.prepare(tokens=[{tokens}]) before the capture"
+            )
+        made = self.make_product(tokens, direct, stream)
+        cache[key] = made
+        if len(cache) > _KEPT:
+            cache.popitem(last=False)
+        return made
+
+    def quantizer(self, kind: ArrayType, stream: int) -> Quantizer:
+        """The compiled quantize-and-lift for activations of ``kind``."""
+        found = self._quantizers.get(kind.name)
+        if found is None:
+            self._refuse_capture(stream, kind)
+            found = quantizer(
+                self.device, kind, self.weight.operand, self.lift, self.weight.k, self.row_length
+            )
+            self._quantizers[kind.name] = found
+        return found
+
+    def dequantizer(self, kind: ArrayType, stream: int) -> Dequantizer:
+        """The compiled dequantize into results of ``kind``."""
+        found = self._dequantizers.get(kind.name)
+        if found is None:
+            self._refuse_capture(stream, kind)
+            found = dequantizer(self.device, self.sums_type, kind, self.weight.n)
+            self._dequantizers[kind.name] = found
+        return found
+
+    def _refuse_capture(self, stream: int, kind: ArrayType) -> None:
+        if is_capturing(stream):
+            raise CaptureError(
+                f"a CUDA graph is being captured, and this plan is not prepared for {kind.name}; "
+                f"call plan.prepare(..., x_dtype={kind.name!r}) before the capture"
+            )
+
+
+class Step:
+    """Everything that one launch does, with all that can be known ahead worked out."""
+
+    __slots__ = (
+        "_bias",
+        "_channel_scales",
+        "_dequantize",
+        "_layout",
+        "_padded_n",
+        "_product",
+        "_quantize",
+        "_scaled",
+        "_tokens",
+    )
+
+    def __init__(
+        self,
+        prepared: GpuPrepared,
+        tokens: int,
+        x_kind: ArrayType,
+        out_kind: ArrayType,
+        direct: bool,
+        stream: int,
+    ) -> None:
+        self._product = prepared.product(tokens, out_kind if direct else None, stream)
+        self._quantize = prepared.quantizer(x_kind, stream)
+        self._dequantize = None if self._product.direct else prepared.dequantizer(out_kind, stream)
+        self._layout = prepared.layout(self._product, tokens)
+        self._tokens = tokens
+        self._padded_n = prepared.padded_n
+        self._scaled = prepared.weight.operand.scaled
+        self._channel_scales = prepared.weight.scales
+        self._bias = prepared.weight.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Workspace that it needs."""
+        return self._layout.nbytes
+
+    def __call__(
+        self, x: int, x_stride: int, out: int, out_stride: int, workspace: Workspace, stream: int
+    ) -> None:
+        """Launch; arrays are device addresses with strides in elements from row to row."""
+        layout, tokens = self._layout, self._tokens
+        base = workspace.address(layout.nbytes, stream, tokens)
+        scales = base + layout.scales
+        self._quantize(x, x_stride, base, scales, tokens, layout.padded_tokens, stream)
+        scratch = base + layout.scratch
+        if self._dequantize is None:
+            self._product.launch(base, scales, out, scratch, stream)
+            return
+        sums = base + layout.sums
+        self._product.launch(base, scales, sums, scratch, stream)
+        self._dequantize(
+            sums,
+            self._padded_n,
+            out,
+            out_stride,
+            scales if self._scaled else 0,
+            self._channel_scales,
+            self._bias,
+            tokens,
+            stream,
+        )
+
+
+class GpuBackend(ABC):
+    """A backend that runs on a CUDA device."""
+
+    name: str
+    #: Names of the libraries it needs (slidesparse_rt.ffi.libraries).
+
+    def supports(self, problem: Problem, device: Device) -> Support:
+        """Whether the GPU ``device`` has the operand format; its libraries are there."""
+        return self.supports_on(problem, gpu_device(device.index))
+
+    @abstractmethod
+    def supports_on(self, problem: Problem, device: GpuDevice) -> Support:
+        """Whether ``device`` can run ``problem``."""
+
+    @abstractmethod
+    def pack(self, weight: GpuWeight, options: PlanOptions, stream: int) -> GpuPrepared:
+        """Bring a weight that is on the GPU into the backend's own form."""
+
+    def prepare(
+        self,
+        weight: SparseWeight | RawWeight,
+        bias: NDArray | None,
+        device: Device,
+        options: PlanOptions,
+    ) -> GpuPrepared:
+        """Bring the weight to the GPU, check and quantize it there, and pack it."""
+        gpu = gpu_device(device.index)
+        stream = gpu.packing_stream
+        with on_device(gpu.index):
+            if isinstance(weight, SparseWeight):
+                held = GpuWeight.from_sparse(weight, bias, gpu, stream)
+            else:
+                held = GpuWeight.from_array(
+                    weight.array, weight.pattern, weight.operand, bias, gpu, stream
+                )
+            try:
+                return self.pack(held, options, stream)
+            except BaseException:
+                held.close()
+                raise
+
+    def candidates(self, problem: Problem) -> Sequence[Config]:
+        """One: the library's algorithm is searched per token bucket when it is first needed."""
+        del problem
+        return (Config("searched"),)
+
+    def launch(
+        self,
+        prepared: GpuPrepared,
+        x: DeviceArray,
+        out: DeviceArray,
+        out_type: ArrayType,
+        workspace: Workspace,
+        stream: int,
+        config: Config,
+    ) -> None:
+        """Compute ``out`` (M, N) from ``x`` (M, K) on ``stream``.
+
+        Once prepared it neither allocates nor waits.  The caller holds ``workspace.lock``, has made
+        the device current, and has checked shapes.
+        """
+        del config
+        tokens = x.shape[0]
+        direct = prepared.can_write(out_type, out.pointer, out.strides[0], tokens)
+        step = prepared.step(tokens, x.kind, out_type, direct, stream)
+        step(x.pointer, x.strides[0], out.pointer, out.strides[0], workspace, stream)

@@ -1,0 +1,48 @@
+"""Timing launches on a stream, to choose among algorithms."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+
+from ..device_arrays import cupy_stream
+from ..errors import LibraryError
+
+__all__ = ["fastest"]
+
+
+def fastest(runs: Sequence[Callable[[], None]], stream: int, *, rounds: int = 5) -> int:
+    """Index of the launch with the lowest median time over shuffled rounds.
+
+    A launch that the library refuses is out.  Raises LibraryError if all are.
+    """
+    import cupy
+
+    external = cupy_stream(stream)
+    times: dict[int, list[float]] = {}
+    refusal: LibraryError | None = None
+    for index, run in enumerate(runs):
+        try:
+            run()
+        except LibraryError as error:
+            refusal = error
+        else:
+            times[index] = []
+    if not times:
+        raise refusal if refusal is not None else LibraryError("there is nothing to time")
+    order = list(times)
+    shuffle = random.Random(0).shuffle
+    pairs = []
+    for _ in range(rounds):
+        shuffle(order)
+        for index in order:
+            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+            begin.record(external)
+            runs[index]()
+            end.record(external)
+            pairs.append((index, begin, end))
+    external.synchronize()
+    for index, begin, end in pairs:
+        times[index].append(cupy.cuda.get_elapsed_time(begin, end))
+    return min(times, key=lambda index: statistics.median(times[index]))

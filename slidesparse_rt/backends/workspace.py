@@ -1,0 +1,88 @@
+"""Scratch memory that launches share, one block per stream.
+
+Launches on one stream run one after the other, so they can share a block; launches on different
+streams get blocks of their own.  A block grows when a larger launch comes.  The old one is given
+back then, unless a CUDA graph was captured with it: a graph keeps using the addresses it saw.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from ..errors import CaptureError, PlanClosed
+from .gpu_device import Buffer, GpuDevice, is_capturing
+
+__all__ = ["Workspace"]
+
+
+class Workspace:
+    """Scratch memory on one device; share one among plans that run one after the other.
+
+    Parameters
+    ----------
+    device:
+        Where the memory lies.
+
+    Notes
+    -----
+    Hold :attr:`lock` from the call of :meth:`address` until everything that uses the block is
+    launched: two threads that launch on one stream must not interleave.
+    """
+
+    def __init__(self, device: GpuDevice) -> None:
+        self.device = device
+        self.lock = threading.Lock()
+        self._blocks: dict[int, Buffer] = {}
+        self._captured: set[int] = set()
+        self._retired: list[Buffer] = []
+        self._closed = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for all streams."""
+        held = [*self._blocks.values(), *self._retired]
+        return sum(block.nbytes for block in held)
+
+    def address(self, nbytes: int, stream: int, tokens: int) -> int:
+        """Address of at least ``nbytes`` for launches on ``stream``, 256-byte aligned.
+
+        Raises
+        ------
+        CaptureError
+            If it would have to allocate while ``stream`` is captured; ``tokens`` is for the words.
+        DeviceMemoryError
+            If the device is out of memory; what was held before is still held.
+        PlanClosed
+            After :meth:`close`.
+        """
+        block = self._blocks.get(stream)
+        if block is not None and block.nbytes >= nbytes:
+            if stream not in self._captured and is_capturing(stream):
+                self._captured.add(stream)
+            return block.pointer
+        if self._closed:
+            raise PlanClosed("this workspace is closed; make a new one")
+        if is_capturing(stream):
+            raise CaptureError(
+                f"a CUDA graph is being captured, and {tokens} tokens need {nbytes:,} bytes of "
+                f"workspace on this stream, which has {0 if block is None else block.nbytes:,}; "
+                f"call plan.prepare(tokens=[{tokens}], stream=...) with the same stream first"
+            )
+        larger = self.device.allocate(nbytes)
+        self._blocks[stream] = larger
+        if block is not None:
+            if stream in self._captured:
+                self._captured.discard(stream)
+                self._retired.append(block)
+            else:
+                block.close()
+        return larger.pointer
+
+    def close(self) -> None:
+        """Give all blocks back.  No launch may be using them, and no graph may run again."""
+        with self.lock:
+            self._closed = True
+            for block in (*self._blocks.values(), *self._retired):
+                block.close()
+            self._blocks.clear()
+            self._retired.clear()

@@ -1,0 +1,502 @@
+"""Calling a C library through ctypes: declared functions, checked statuses, owned objects.
+
+- :class:`Function` declares one C function; :class:`CLibrary` binds it when it is first called and
+  checks every status, so that an error names the function, the status and the arguments.
+- :class:`Attribute` is an enumeration of attribute codes that also says how wide each value is.
+- :class:`Memory` holds one opaque C structure; :class:`Resource` owns one C object, keeps alive
+  what it was made from, and destroys it once, after everything that was made from it.
+- :class:`Gate` lets one call at a time into a handle that is not thread-safe.
+
+Nothing here knows which library it serves, and nothing is loaded at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import partial
+from types import TracebackType
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+from ..dtypes import array_type, operand
+from ..errors import BackendUnavailable, DeviceMemoryError, LibraryError, OptionError, PlanClosed
+from .libraries import Loaded, version_text
+
+__all__ = [
+    "Anchor",
+    "Around",
+    "Attribute",
+    "AttributeT",
+    "CLibrary",
+    "DataType",
+    "Function",
+    "Gate",
+    "HostScalar",
+    "Memory",
+    "Resource",
+    "declare",
+    "functions",
+]
+
+_LOG = logging.getLogger(__name__)
+
+#: Makes a context manager inside which a handle's device is current.
+Around: TypeAlias = Callable[[], AbstractContextManager[object]]
+
+
+class DataType(IntEnum):
+    """``cudaDataType`` (library_types.h); dtypes.py has the codes of the package's own formats."""
+
+    F32 = array_type("float32").cuda_data_type
+    F16 = array_type("float16").cuda_data_type
+    BF16 = array_type("bfloat16").cuda_data_type
+    I8 = operand("int8").cuda_data_type
+    I32 = 10
+    E4M3 = operand("fp8_e4m3").cuda_data_type
+    E2M1 = 33
+
+
+# --- functions ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One C function.
+
+    Attributes
+    ----------
+    name:
+        Its symbol.
+    arguments:
+        Argument name -> ctypes type, in order.
+    returns:
+        ctypes type of the result; ``None`` is a status, which is checked.
+    since:
+        Version of the library that brought it, where the oldest supported one lacks it.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    returns: Any = None
+    since: tuple[int, ...] | None = None
+
+
+#: How :func:`declare` spells the C types; an enumeration is an int.
+_C_TYPES: Mapping[str, Any] = {
+    "int": ctypes.c_int,
+    "i32": ctypes.c_int32,
+    "u32": ctypes.c_uint32,
+    "i64": ctypes.c_int64,
+    "u64": ctypes.c_uint64,
+    "size": ctypes.c_size_t,
+    "ptr": ctypes.c_void_p,
+}
+
+
+def declare(
+    name: str, arguments: str, *, returns: Any = None, since: tuple[int, ...] | None = None
+) -> Function:
+    """Return the :class:`Function` with these arguments.
+
+    ``arguments`` lists ``name:type`` in order, separated by spaces; the types are int, i32, u32,
+    i64, u64, size and ptr, and a name without a type is a pointer.
+    """
+    pairs = (word.partition(":")[::2] for word in arguments.split())
+    return Function(name, {key: _C_TYPES[kind or "ptr"] for key, kind in pairs}, returns, since)
+
+
+def functions(*declared: Function) -> Mapping[str, Function]:
+    """Return the table of ``declared`` functions by name."""
+    return {function.name: function for function in declared}
+
+
+class CLibrary:
+    """A loaded C library; each C function is a method of the C function's name.
+
+    A function is bound when it is first called.  One that returns a status returns ``None`` from
+    here, or raises :class:`~slidesparse_rt.errors.LibraryError` (out of memory:
+    :class:`~slidesparse_rt.errors.DeviceMemoryError`).  ctypes releases the interpreter lock for
+    the time of the call.
+
+    Parameters
+    ----------
+    loaded:
+        What :func:`slidesparse_rt.ffi.libraries.load` returned.
+    """
+
+    #: The table of the library's functions.
+    FUNCTIONS: ClassVar[Mapping[str, Function]]
+    #: Its statuses; zero is success.
+    STATUS: ClassVar[type[IntEnum]]
+    #: What precedes a status name in the header.
+    STATUS_PREFIX: ClassVar[str]
+    #: The status that means out of memory.
+    OUT_OF_MEMORY: ClassVar[int]
+    #: Status -> what to do about it.
+    ADVICE: ClassVar[Mapping[int, str]]
+    #: The function that puts a status into words.
+    DESCRIBE: ClassVar[str]
+    #: Statuses by which a new handle says that this machine cannot run the library.
+    NOT_HERE: ClassVar[frozenset[int]]
+    #: The GPU that it needs.
+    NEEDS: ClassVar[str]
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.title = loaded.library.title
+        self.path = loaded.path
+        self.version = loaded.version
+        self._handle = loaded.handle
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = type(self).FUNCTIONS.get(name)
+        if function is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        bound = self.raw(name)
+        checked = bound if function.returns is not None else self._checked(name, bound)
+        self.__dict__[name] = checked
+        return checked
+
+    def has(self, name: str) -> bool:
+        """Whether this copy of the library exports ``name``, a function of the table."""
+        try:
+            self._handle[self.FUNCTIONS[name].name]
+        except AttributeError:
+            return False
+        return True
+
+    def raw(self, name: str) -> Callable[..., Any]:
+        """Return the typed but unchecked C function; BackendUnavailable if it is absent."""
+        function = self.FUNCTIONS[name]
+        try:
+            # Indexing makes a new function object: the types set here touch no one else's.
+            bound: Callable[..., Any] = self._handle[name]
+        except AttributeError:
+            since = f", which came with {version_text(function.since)}" if function.since else ""
+            raise BackendUnavailable(
+                f"{self.title} {version_text(self.version)} at {self.path} has no function "
+                f"{name}{since}; install a newer {self.title}"
+            ) from None
+        bound.argtypes = tuple(function.arguments.values())  # type: ignore[attr-defined]
+        restype = ctypes.c_int if function.returns is None else function.returns
+        bound.restype = restype  # type: ignore[attr-defined]
+        return bound
+
+    def _checked(self, name: str, bound: Callable[..., Any]) -> Callable[..., None]:
+        def checked(*arguments: Any) -> None:
+            status = bound(*arguments)
+            if status:
+                raise self.error(name, status, arguments)
+
+        checked.__name__ = checked.__qualname__ = name
+        return checked
+
+    def start(self, name: str, handle: Any, device: int) -> None:
+        """Call ``name(handle)``, which makes a handle; BackendUnavailable if no GPU will do."""
+        try:
+            getattr(self, name)(handle)
+        except LibraryError as error:
+            if error.status not in self.NOT_HERE:
+                raise
+            raise BackendUnavailable(
+                f"{self.title} {version_text(self.version)} at {self.path} cannot start on device "
+                f"{device}: {error}; it needs {self.NEEDS}, and a driver for the CUDA version that "
+                "it was built for (slidesparse doctor shows both)"
+            ) from error
+
+    def status_name(self, status: int) -> str:
+        """Return the header's name of ``status``."""
+        try:
+            return self.STATUS_PREFIX + self.STATUS(status).name
+        except ValueError:
+            return "unknown status"
+
+    def error(self, name: str, status: int, arguments: tuple[Any, ...]) -> LibraryError:
+        """Return the error for ``status`` from ``name``, called with ``arguments``."""
+        shown = ", ".join(
+            f"{key}={_show(value, kind)}"
+            for (key, kind), value in zip(
+                self.FUNCTIONS[name].arguments.items(), arguments, strict=True
+            )
+        )
+        status_name = self.status_name(status)
+        text = f"{name}({shown}) returned {status} ({status_name})"
+        if self.has(self.DESCRIBE):
+            words = getattr(self, self.DESCRIBE)(status)
+            if words:
+                text += f": {words.decode('ascii', 'replace')}"
+        advice = self.ADVICE.get(status)
+        if advice:
+            text += f"; {advice}"
+        text += f" [{self.title} {version_text(self.version)}]"
+        kind = DeviceMemoryError if status == self.OUT_OF_MEMORY else LibraryError
+        return kind(text, function=name, status=status, status_name=status_name)
+
+
+def _show(value: Any, kind: Any) -> str:
+    """One argument for an error message: enums by name, pointers in hexadecimal."""
+    if isinstance(value, IntEnum):
+        return value.name
+    value = getattr(value, "value", value)
+    if kind is ctypes.c_void_p:
+        if value is None:
+            return "NULL"
+        return hex(value) if isinstance(value, int) else "&local"
+    return str(value)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+class Attribute(IntEnum):
+    """Attributes of one kind of C object: member = code in the header, ctypes type of the value.
+
+    The enumeration is the table: nothing else says how wide an attribute is.
+    """
+
+    ctype: Any
+
+    def __new__(cls, code: int, ctype: Any) -> Attribute:
+        """Make a member that is its code and remembers its type."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.ctype = ctype
+        return member
+
+    def cell(self, value: float | None = None) -> Any:
+        """Return a ctypes value of this attribute's type; OptionError for one that does not fit."""
+        if value is None:
+            return self.ctype()
+        cell = self.ctype(value)
+        if self.ctype not in (ctypes.c_float, ctypes.c_double) and (cell.value or 0) != value:
+            raise OptionError(
+                f"{type(self).__name__}.{self.name} is {value}; it takes what fits "
+                f"{8 * ctypes.sizeof(cell)} bits ({self.ctype.__name__})"
+            )
+        return cell
+
+
+#: The attributes of one kind of object.
+AttributeT = TypeVar("AttributeT", bound=Attribute)
+
+
+class HostScalar:
+    """A number in host memory at a fixed address: alpha and beta of a matrix product.
+
+    Parameters
+    ----------
+    ctype:
+        ctypes type that the library reads there (``c_float``; ``c_int32`` for int32 scaling).
+    value:
+        The number.
+    """
+
+    __slots__ = ("_cell", "address")
+
+    def __init__(self, ctype: Any, value: float) -> None:
+        self._cell = ctype(value)
+        self.address: int = ctypes.addressof(self._cell)
+
+    @property
+    def value(self) -> float:
+        """The number."""
+        number: float = self._cell.value
+        return number
+
+
+# --- objects --------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Host memory for one C object: zeroed, aligned, at one address for life.
+
+    ``open`` is true until the object in it is closed or destroyed.
+
+    Parameters
+    ----------
+    size, alignment:
+        Bytes.
+    address:
+        Where the object lies, if the library itself holds its memory; nothing is allocated then.
+    """
+
+    __slots__ = ("_buffer", "address", "open")
+
+    def __init__(self, size: int = 0, alignment: int = 16, *, address: int = 0) -> None:
+        self._buffer = None if address else ctypes.create_string_buffer(size + alignment)
+        if self._buffer is not None:
+            start = ctypes.addressof(self._buffer)
+            address = start + -start % alignment
+        self.address = address
+        self.open = True
+
+
+class Gate:
+    """Lets one call at a time into a handle that is not thread-safe.
+
+    Use it as a context manager around a call.  An object of the handle can be destroyed from any
+    thread, by the garbage collector too, which must neither interrupt a call nor wait for one (two
+    threads could then wait for each other): a destruction that finds the gate taken is parked, and
+    carried out after the next call through the gate, or when the handle itself goes.
+
+    Parameters
+    ----------
+    around:
+        Makes a context manager inside which the handle's device is current; destructions run in it.
+    """
+
+    __slots__ = ("_parked", "around", "lock")
+
+    def __init__(self, around: Around = nullcontext) -> None:
+        self.around = around
+        self.lock = threading.Lock()
+        self._parked: deque[Callable[[], None]] = deque()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+        self._sweep()
+
+    def retire(self, destroy: Callable[[], None]) -> None:
+        """Call ``destroy`` as soon as no other call is under way, at once if there is none."""
+        self._parked.append(destroy)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        while self._parked and self.lock.acquire(blocking=False):
+            try:
+                while self._parked:
+                    destroy = self._parked.popleft()
+                    destroy()
+                    # Frees what the object was made from, which may park the next destruction.
+                    del destroy
+            finally:
+                self.lock.release()
+
+
+class Anchor:
+    """Keeps a C object alive: its Resource holds one, and so does whatever was made from it."""
+
+    __slots__ = ("__weakref__", "memory", "parents")
+
+    def __init__(self, memory: Memory, parents: tuple[Anchor, ...]) -> None:
+        self.memory = memory
+        self.parents = parents
+
+
+class Resource:
+    """A C object with an owner.
+
+    It is destroyed once: when it is closed (or collected, or at the latest when the interpreter
+    exits) and nothing that was made from it lives any more.  A destruction that the library refuses
+    is logged, not raised: the object is gone for the caller either way.
+
+    Parameters
+    ----------
+    memory:
+        Where the C object lies.
+    destroy:
+        Takes the address and destroys the object; ``None`` if there is nothing to call.
+    gate:
+        The gate of the handle that the object belongs to; ``None`` if it belongs to none.
+    parents:
+        The anchors of what it was made from.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        *,
+        destroy: Callable[[int], None] | None,
+        gate: Gate | None = None,
+        parents: tuple[Anchor, ...] = (),
+    ) -> None:
+        self._memory = memory
+        self._anchor: Anchor | None = Anchor(memory, parents)
+        # At exit Python runs these finalizers newest first, while the libraries are still loaded.
+        weakref.finalize(self._anchor, _retire, memory, destroy, gate, parents, os.getpid())
+
+    def hold(self) -> Anchor:
+        """Return the anchor, which keeps the C object alive; PlanClosed after :meth:`close`."""
+        anchor = self._anchor
+        if anchor is None or not self._memory.open:
+            raise self.gone()
+        return anchor
+
+    @property
+    def address(self) -> int:
+        """Address of the C object; PlanClosed after :meth:`close`."""
+        return self.hold().memory.address
+
+    @property
+    def closed(self) -> bool:
+        """Whether the object can no longer be used."""
+        return not self._memory.open
+
+    def gone(self) -> PlanClosed:
+        """Return the error for a use after :meth:`close`."""
+        kind = type(self)
+        return PlanClosed(
+            f"{kind.__module__.rsplit('.', 1)[-1]}.{kind.__name__} was used after close() or after "
+            "the interpreter began to exit; make a new one"
+        )
+
+    def close(self) -> None:
+        """Give the object up; closing twice is fine."""
+        self._memory.open = False
+        self._anchor = None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _retire(
+    memory: Memory,
+    destroy: Callable[[int], None] | None,
+    gate: Gate | None,
+    parents: tuple[Anchor, ...],
+    pid: int,
+) -> None:
+    """Destroy the object in ``memory``, now or when its gate is free."""
+    if gate is None:
+        _destroy(memory, destroy, nullcontext, parents, pid)
+    else:
+        gate.retire(partial(_destroy, memory, destroy, gate.around, parents, pid))
+
+
+def _destroy(
+    memory: Memory,
+    destroy: Callable[[int], None] | None,
+    around: Around,
+    parents: tuple[Anchor, ...],
+    pid: int,
+) -> None:
+    """Destroy the object in ``memory``; never raises, as it runs in finalizers and at exit."""
+    del parents  # the caller's arguments hold them until this returns
+    memory.open = False
+    # CUDA does not survive a fork: a child process only forgets what its parent made.
+    if destroy is None or pid != os.getpid():
+        return
+    try:
+        with around():
+            destroy(memory.address)
+    except Exception as error:
+        # As text: a log record that keeps the exception would keep the parents alive.
+        _LOG.warning("could not destroy a C object: %s", str(error))

@@ -1,0 +1,241 @@
+"""What a plan on a GPU does with each array: read it, launch on its stream, return the result."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+from .arrays import Device, device_of, refuse_autograd
+from .backends import Problem
+from .backends.gpu_device import current_device, gpu_device, is_capturing, set_device
+from .backends.gpu_gemm import GpuPrepared
+from .backends.workspace import Workspace
+from .device_arrays import (
+    Adapter,
+    DeviceArray,
+    adapter_of,
+    byte_range,
+    checked_out,
+    collapse_rows,
+    on_device,
+    order_streams,
+    refuse_overlap,
+    same_device,
+    stream_pointer,
+)
+from .dtypes import ArrayType
+from .errors import ArrayError, CaptureError, ShapeError
+from .options import PlanOptions
+
+__all__ = ["GpuRunner"]
+
+#: Kinds of x and out that a plan remembers how to read.
+_ROUTES = 1024
+#: Tokens of one launch are a multiple of this where a run is split.
+_SPLIT = 256
+
+
+class _Route(NamedTuple):
+    """What follows from the kind of an x, whatever its address.
+
+    ``first`` and ``last`` are the offsets of the first byte that it touches and of the one after
+    the last, seen from its address.
+    """
+
+    rows: int
+    stride: int
+    kind: ArrayType
+    first: int
+    last: int
+    out_shape: tuple[int, ...]
+    out_kind: ArrayType
+
+
+class _OutRoute(NamedTuple):
+    """What follows from the kind of an out."""
+
+    stride: int
+    first: int
+    last: int
+
+
+class GpuRunner:
+    """Runs one prepared weight on one GPU; used by several threads at once.
+
+    Parameters
+    ----------
+    prepared:
+        The weight in the backend's form.
+    problem:
+        Shape and formats.
+    device:
+        The GPU.
+    options:
+        The plan's.
+    """
+
+    def __init__(
+        self, prepared: Any, problem: Problem, device: Device, options: PlanOptions
+    ) -> None:
+        self._prepared: GpuPrepared = prepared
+        self._problem = problem
+        self._device = device
+        self._index = device.index
+        # Threads may fill these at once: both would write the same.
+        self._routes: dict[Hashable, _Route] = {}
+        self._out_routes: dict[Hashable, _OutRoute] = {}
+        self.workspace = Workspace(gpu_device(device.index))
+        self._most_tokens = _most_tokens(prepared, options.workspace_limit)
+
+    def run(self, x: Any, out_type: ArrayType | None, out: Any, stream: Any) -> Any:
+        """See :meth:`slidesparse_rt.SparseGemmPlan.run`."""
+        if getattr(x, "requires_grad", False):
+            refuse_autograd(x)
+        adapter = adapter_of(x)
+        signature = adapter.signature
+        key: Hashable = None
+        route = None
+        if signature is not None:
+            key = (signature(x), out_type)
+            route = self._routes.get(key)
+        if route is None:
+            same_device(device_of(x, "x"), self._device, "x")
+        before = current_device()
+        if before != self._index:
+            set_device(self._index)
+        try:
+            current = adapter.current_stream(self._device)
+            pointer = current if stream is None else stream_pointer(stream)
+            if pointer != current:
+                order_streams(current, pointer)
+            if route is None or adapter.pointer is None:
+                view = adapter.view(x, "x", pointer)
+                route = self._route(view, out_type)
+                _remember(self._routes, key, route)
+                address = view.pointer
+            else:
+                address = adapter.pointer(x)
+            result = out
+            if out is None:
+                result = adapter.empty(route.out_shape, route.out_kind, self._device, pointer)
+                if adapter.pointer is not None:
+                    target = adapter.pointer(result)
+                else:
+                    target = adapter.view(result, "the result", pointer).pointer
+                out_stride = self._problem.n
+            else:
+                target, out_stride = self._written(out, key, route, address, pointer)
+            self._launch(route, address, target, out_stride, pointer)
+            if pointer != current:
+                adapter.share(x, pointer, self._device)
+                adapter_of(result).share(result, pointer, self._device)
+            return adapter.finish(result, pointer) if out is None else out
+        finally:
+            if before != self._index:
+                set_device(before)
+
+    def prepare(
+        self, tokens: Sequence[int], kind: ArrayType, out_type: ArrayType, stream: Any
+    ) -> None:
+        """See :meth:`slidesparse_rt.SparseGemmPlan.prepare`."""
+        prepared, most, n = self._prepared, self._most_tokens, self._problem.n
+        pointer = 0 if stream is None else stream_pointer(stream)
+        with on_device(self._index), self.workspace.lock:
+            if is_capturing(pointer):
+                raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
+            for count in tokens:
+                for part in {min(count, most), count % most} - {0}:
+                    # A result of any alignment: with and without the library writing it.
+                    able = prepared.can_write(out_type, _WELL_ALIGNED, n, part)
+                    for direct in {able, False}:
+                        step = prepared.step(part, kind, out_type, direct, pointer)
+                        self.workspace.address(step.nbytes, pointer, part)
+
+    def close(self) -> None:
+        """Give the workspace back."""
+        with on_device(self._index):
+            self.workspace.close()
+
+    def _route(self, view: DeviceArray, out_type: ArrayType | None) -> _Route:
+        shape = view.shape
+        if not shape or shape[-1] != self._problem.k:
+            raise ShapeError(
+                f"x has shape {shape}; allowed is (..., {self._problem.k}): the last extent is "
+                f"the weight's K"
+            )
+        rows, stride = collapse_rows(view, "x")
+        first, last = byte_range(view)
+        return _Route(
+            rows,
+            stride,
+            view.kind,
+            first - view.pointer,
+            last - view.pointer,
+            (*shape[:-1], self._problem.n),
+            out_type or view.kind,
+        )
+
+    def _written(
+        self, out: Any, key: Hashable, route: _Route, x: int, stream: int
+    ) -> tuple[int, int]:
+        """Address and row stride of the caller's ``out``, once it is found fit to be written."""
+        adapter = adapter_of(out)
+        known = None
+        if adapter.signature is not None and key is not None:
+            key = (key, adapter.signature(out))
+            known = self._out_routes.get(key)
+        else:
+            key = None
+        if known is None or adapter.pointer is None:
+            known, address = self._out_route(out, adapter, route, stream)
+            _remember(self._out_routes, key, known)
+        else:
+            address = adapter.pointer(out)
+        refuse_overlap(x + route.first, x + route.last, address + known.first, address + known.last)
+        return address, known.stride
+
+    def _out_route(
+        self, out: Any, adapter: Adapter, route: _Route, stream: int
+    ) -> tuple[_OutRoute, int]:
+        same_device(device_of(out, "out"), self._device, "out")
+        if not adapter.writable:
+            raise ArrayError(
+                "out is a JAX array, which is immutable; omit out= and take the result"
+            )
+        view = adapter.view(out, "out", stream)
+        checked_out(view, route.out_shape, route.out_kind)
+        first, last = byte_range(view)
+        stride = collapse_rows(view, "out")[1]
+        return _OutRoute(stride, first - view.pointer, last - view.pointer), view.pointer
+
+    def _launch(self, route: _Route, x: int, out: int, out_stride: int, stream: int) -> None:
+        prepared, workspace, most = self._prepared, self.workspace, self._most_tokens
+        rows, stride, kind, _, _, _, out_kind = route
+        # One thread at a time from here: what it launches must not be interleaved with another's.
+        with workspace.lock:
+            while rows > 0:
+                part = rows if rows < most else most
+                direct = prepared.can_write(out_kind, out, out_stride, part)
+                step = prepared.step(part, kind, out_kind, direct, stream)
+                step(x, stride, out, out_stride, workspace, stream)
+                rows -= part
+                x += part * stride * (kind.bits // 8)
+                out += part * out_stride * (out_kind.bits // 8)
+
+
+#: An address that every library can write to with its widest stores.
+_WELL_ALIGNED = 1 << 12
+
+
+def _remember(routes: dict[Hashable, Any], key: Hashable, route: Any) -> None:
+    if key is not None:
+        if len(routes) >= _ROUTES:
+            routes.clear()
+        routes[key] = route
+
+
+def _most_tokens(prepared: GpuPrepared, limit: int) -> int:
+    """Tokens whose workspace stays within ``limit`` bytes, by the layout without scratch."""
+    operand = prepared.weight.operand
+    a_token = prepared.row_length * operand.bits // 8 + 4 + prepared.padded_n * 4
+    return max(_SPLIT, limit // a_token // _SPLIT * _SPLIT)

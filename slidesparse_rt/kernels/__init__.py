@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++: which there are, compiling them with NVRTC, loading and launching them."""

@@ -1,0 +1,156 @@
+"""Runs the CUDA kernels on the CPU: compiled by the host's C++ compiler against an emulated GPU.
+
+Slow and sequential, but it is the kernels' own source, with every barrier, index and rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import getpass
+import hashlib
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from kernel_checks import POISON
+
+from slidesparse_rt.kernels.catalog import KernelSpec
+from slidesparse_rt.kernels.compiler import Resources, read_source
+from slidesparse_rt.kernels.launch import (
+    DEQUANTIZE_ARGUMENTS,
+    QUANTIZE_ARGUMENTS,
+    WEIGHT_ARGUMENTS,
+)
+from slidesparse_rt.kernels.loader import DeviceLimits, Kernel
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+_FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-w")
+_PRIMITIVES = Path(__file__).with_name("emulator") / "primitives.cuh"
+
+
+@functools.cache
+def _library(spec: KernelSpec) -> ctypes.CDLL:
+    source = read_source(spec.source)
+    files = {**source.headers, spec.source: source.text}
+    files["primitives.cuh"] = _PRIMITIVES.read_text()
+    digest = hashlib.sha256(repr((sorted(files.items()), spec.options)).encode()).hexdigest()
+    # Shared by all test processes; a library appears under its name only when it is complete.
+    target = Path(tempfile.gettempdir()) / f"slidesparse-emulated-{getpass.getuser()}" / digest
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            for name, text in files.items():
+                Path(folder, name).write_text(text)
+            built = Path(folder, "built.so")
+            command = [COMPILER or "c++", *_FLAGS, *spec.options]
+            command += ["-x", "c++", str(Path(folder, spec.source)), "-o", str(built)]
+            subprocess.run(command, check=True)
+            built.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def run(
+    spec: KernelSpec,
+    blocks: int,
+    width: int,
+    height: int,
+    shared: int,
+    *arguments: int,
+    backwards: bool = False,
+) -> None:
+    """Launch as slidesparse_rt.kernels.launch.Launch does; addresses are host addresses."""
+    library = _library(spec)
+    values = (ctypes.c_uint64 * 12)(*(value & (2**64 - 1) for value in arguments))
+    emulate = library.emulate
+    emulate.restype = ctypes.c_char_p
+    trouble = emulate(
+        ctypes.cast(library[spec.entry], ctypes.c_void_p),
+        values,
+        blocks,
+        width,
+        height,
+        shared,
+        int(backwards),
+    )
+    assert trouble == b"", trouble.decode()
+
+
+class Memory:
+    """Host memory at a chosen offset from a 256-byte boundary, with guards around it."""
+
+    def __init__(self, nbytes: int, offset: int = 0) -> None:
+        self._all = np.full(nbytes + 1024, POISON, np.uint8)
+        start = -self._all.ctypes.data % 256 + 256 + offset
+        self._guards = self._all[:start], self._all[start + nbytes :]
+        self._bytes = self._all[start : start + nbytes]
+        self.address = self._all.ctypes.data + start
+
+    def write(self, values: np.ndarray) -> None:
+        self._bytes[:] = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
+
+    def read(self) -> np.ndarray:
+        return self._bytes.copy()
+
+    def check(self) -> None:
+        assert all((guard == POISON).all() for guard in self._guards), "written outside"
+
+
+class EmulatedCuda:
+    """Stands for the driver where a launcher asks it to launch."""
+
+    def __init__(self, machine: EmulatedMachine) -> None:
+        self._machine = machine
+
+    def raw(self, name: str) -> Any:
+        assert name == "cuLaunchKernel"
+        return self._launch
+
+    def _launch(self, function: int, *rest: Any) -> int:
+        blocks, _, _, width, height, _, shared, _, addresses, _ = rest
+        spec = self._machine.specs[function]
+        layout = {
+            "quantize_lift": QUANTIZE_ARGUMENTS,
+            "dequantize": DEQUANTIZE_ARGUMENTS,
+            **WEIGHT_ARGUMENTS,
+        }[spec.entry]
+        values = [
+            struct.unpack(code, ctypes.string_at(address, struct.calcsize(code)))[0]
+            for code, address in zip(layout, addresses, strict=True)
+        ]
+        self._machine.launches.append((spec, blocks, width, height, shared))
+        run(spec, blocks, width, height, shared, *values, backwards=self._machine.backwards)
+        return 0
+
+
+class EmulatedMachine:
+    """Looks like a device's KernelCache to launchers; ``backwards`` reverses the threads."""
+
+    stream = 0
+
+    def __init__(
+        self, *, backwards: bool = False, shared_bytes: int = 99 * 1024, sm_count: int = 2
+    ) -> None:
+        self.cuda = EmulatedCuda(self)
+        self.kernels: Any = self
+        self.limits = DeviceLimits((8, 6), sm_count, shared_bytes)
+        self.backwards = backwards
+        self.specs: dict[int, KernelSpec] = {}
+        self.launches: list[tuple[KernelSpec, int, int, int, int]] = []
+
+    def memory(self, nbytes: int, offset: int = 0) -> Memory:
+        return Memory(nbytes, offset)
+
+    def load(self, spec: KernelSpec, *, shared_bytes: int = 0) -> Kernel:
+        assert shared_bytes <= self.limits.shared_bytes
+        number = len(self.specs) + 1
+        self.specs[number] = spec
+        return Kernel(spec, number, Resources(32, 0, 0, 0))
+
+    def occupancy(self, kernel: Kernel, threads: int, shared_bytes: int) -> int:
+        assert threads <= kernel.spec.max_threads
+        return 1

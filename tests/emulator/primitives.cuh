@@ -1,0 +1,274 @@
+// The functions of kernels_cu/primitives.cuh for a CPU, and what else the kernels use of CUDA.
+//
+// A CUDA thread is a fiber; the fibers of a block take turns at barriers, and blocks run one after
+// another.  Shared memory is poisoned before every block; accesses to it are checked for bounds and
+// alignment, and 16-byte and 8-byte loads of global memory for alignment.  tests/emulate.py drives it.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = unsigned long long;
+using i64 = long long;
+
+struct Index3 {
+  unsigned x, y, z;
+};
+struct uint2 {
+  u32 x, y;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+// --- the machine ---------------------------------------------------------------------------------
+
+struct Barrier {
+  int expected = 0, arrived = 0, phase = 0;
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done = true;
+};
+struct Machine {
+  Index3 thread{}, block{}, block_size{}, grid{};
+  std::vector<Fiber> fibers;
+  std::vector<Barrier> warps;
+  std::vector<u32> lanes;
+  Barrier all;
+  ucontext_t scheduler;
+  int running = 0;
+  std::vector<u8> shared;
+  u8* shared_base = nullptr;
+  u32 shared_bytes = 0;
+  void (*entry)() = nullptr;
+  const u64* arguments = nullptr;
+  int argument_count = 0;
+  char trouble[160] = "";
+};
+inline Machine machine;
+
+#define threadIdx machine.thread
+#define blockIdx machine.block
+#define blockDim machine.block_size
+#define gridDim machine.grid
+#define __shared__ static
+#define SS_DEVICE inline
+#define SS_KERNEL(threads, blocks) extern "C" void
+#define SS_STAGE(name) uint4* const name = reinterpret_cast<uint4*>(machine.shared_base)
+
+inline void complain(const char* what) {
+  if (!machine.trouble[0]) std::snprintf(machine.trouble, sizeof machine.trouble, "%s", what);
+}
+
+inline void give_way() {
+  const int me = machine.running;
+  swapcontext(&machine.fibers[me].context, &machine.scheduler);
+}
+
+inline void wait_at(Barrier& barrier) {
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0, ++barrier.phase;
+    return;
+  }
+  for (const int phase = barrier.phase; barrier.phase == phase;) give_way();
+}
+
+inline void __syncthreads() { wait_at(machine.all); }
+inline void __syncwarp() { wait_at(machine.warps[machine.running / 32]); }
+
+template <typename Combine>
+u32 over_warp(u32 mine, Combine combine) {
+  const int first = machine.running / 32 * 32;
+  machine.lanes[machine.running] = mine;
+  __syncwarp();
+  u32 result = machine.lanes[first];
+  for (int lane = 1; lane < 32; ++lane) result = combine(result, machine.lanes[first + lane]);
+  __syncwarp();
+  return result;
+}
+inline u32 warp_max(u32 v) { return over_warp(v, [](u32 a, u32 b) { return a > b ? a : b; }); }
+inline u32 warp_sum(u32 v) { return over_warp(v, [](u32 a, u32 b) { return a + b; }); }
+
+inline void call_entry() {
+  const u64* const a = machine.arguments;
+  // Integers and pointers only: each takes one 8-byte slot, whatever its width.
+  using F = void (*)(u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64);
+  reinterpret_cast<F>(machine.entry)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10],
+                                     a[11]);
+}
+
+inline void fiber_main() {
+  call_entry();
+  machine.fibers[machine.running].done = true;
+}
+
+// Runs `entry` (12 arguments) over a grid of `blocks`; `backwards` reverses the order of threads.
+// Returns "" or what went wrong.
+extern "C" __attribute__((used, visibility("default"))) const char*
+emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsigned y, u32 shared_bytes,
+        int backwards) {
+  const int threads = static_cast<int>(x * y);
+  machine.trouble[0] = 0;
+  machine.entry = entry, machine.arguments = arguments;
+  machine.block_size = {x, y, 1}, machine.grid = {blocks, 1, 1};
+  machine.shared_bytes = shared_bytes;
+  machine.shared.assign(shared_bytes + 32, 0);
+  machine.shared_base = machine.shared.data() +
+                        (16 - reinterpret_cast<std::uintptr_t>(machine.shared.data()) % 16) % 16;
+  if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.resize(threads);
+  machine.lanes.assign(threads, 0);
+  for (unsigned b = 0; b < blocks && !machine.trouble[0]; ++b) {
+    machine.block = {b, 0, 0};
+    std::memset(machine.shared_base, 0xa5, shared_bytes);
+    machine.all = {threads, 0, 0};
+    machine.warps.assign((threads + 31) / 32, Barrier{32, 0, 0});
+    for (int t = 0; t < threads; ++t) {
+      Fiber& fiber = machine.fibers[t];
+      fiber.stack.resize(32768), fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = &machine.scheduler;
+      makecontext(&fiber.context, fiber_main, 0);
+    }
+    for (int idle = 0, left = threads; left && idle < 1000;) {
+      left = 0;
+      const int phases_before = machine.all.phase;
+      int finished = 0;
+      for (int i = 0; i < threads; ++i) {
+        const int t = backwards ? threads - 1 - i : i;
+        if (machine.fibers[t].done) continue;
+        machine.running = t, machine.thread = {t % x, t / x, 0};
+        swapcontext(&machine.scheduler, &machine.fibers[t].context);
+        if (machine.fibers[t].done) ++finished; else ++left;
+      }
+      idle = finished || machine.all.phase != phases_before ? 0 : idle + 1;
+      if (idle == 1000) complain("threads wait for each other for ever");
+    }
+  }
+  return machine.trouble;
+}
+
+// --- the functions -------------------------------------------------------------------------------
+
+template <typename T>
+T checked_load(const void* address) {
+  if (reinterpret_cast<std::uintptr_t>(address) % sizeof(T)) complain("misaligned global load");
+  T value;
+  std::memcpy(&value, address, sizeof value);
+  return value;
+}
+inline uint4 load16_once(const void* address) { return checked_load<uint4>(address); }
+inline uint2 load8_once(const void* address) { return checked_load<uint2>(address); }
+
+inline u32 shared_address(const void* pointer) {
+  return static_cast<u32>(static_cast<const u8*>(pointer) - machine.shared_base);
+}
+inline u8* shared_at(u32 address, u32 bytes) {
+  static u8 nowhere[16];
+  if (address % bytes) complain("misaligned access to shared memory");
+  if (address + bytes > machine.shared_bytes) {
+    complain("access beyond shared memory");
+    return nowhere;
+  }
+  return machine.shared_base + address;
+}
+inline u32 shared_load4(u32 address) {
+  u32 v;
+  std::memcpy(&v, shared_at(address, 4), 4);
+  return v;
+}
+inline uint4 shared_load16(u32 address) {
+  uint4 v;
+  std::memcpy(&v, shared_at(address, 16), 16);
+  return v;
+}
+inline void shared_store4(u32 address, u32 a) { std::memcpy(shared_at(address, 4), &a, 4); }
+inline void shared_store8(u32 address, u32 a, u32 b) {
+  const u32 v[2] = {a, b};
+  std::memcpy(shared_at(address, 8), v, 8);
+}
+inline void shared_store16(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  const u32 v[4] = {a, b, c, d};
+  std::memcpy(shared_at(address, 16), v, 16);
+}
+
+inline float as_float(u32 bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline u32 as_bits(float value) {
+  u32 v;
+  std::memcpy(&v, &value, 4);
+  return v;
+}
+inline float mul(float a, float b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
+inline float divide(float a, float b) { return a / b; }
+inline float smaller(float a, float b) { return std::fmin(a, b); }
+inline float larger(float a, float b) { return std::fmax(a, b); }
+inline float from_int(int v) { return static_cast<float>(v); }
+
+inline int opaque(int v) { return v; }
+
+inline u32 pick(u32 low, u32 high, u32 selector) {
+  const u64 bytes = static_cast<u64>(high) << 32 | low;
+  u32 result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<u32>(bytes >> (8 * (selector >> 4 * i & 7)) & 0xff) << 8 * i;
+  return result;
+}
+
+// The sign of the result is that of the product, as on GPUs that have one instruction for this.
+inline u32 max_magnitude16(u32 a, u32 b, u32 infinity) {
+  const u32 x = a & 0x7fffu, y = b & 0x7fffu;
+  if (x > infinity || y > infinity) return 0x7fffu;
+  return (x > y ? x : y) | ((a ^ b) & 0x8000u);
+}
+inline u32 max_magnitude_f16x2(u32 a, u32 b) {
+  return max_magnitude16(a & 0xffffu, b & 0xffffu, 0x7c00u) | max_magnitude16(a >> 16, b >> 16, 0x7c00u) << 16;
+}
+inline u32 max_magnitude_bf16x2(u32 a, u32 b) {
+  return max_magnitude16(a & 0xffffu, b & 0xffffu, 0x7f80u) | max_magnitude16(a >> 16, b >> 16, 0x7f80u) << 16;
+}
+inline u32 max_magnitude_f32(u32 a, u32 b) {
+  const u32 x = a & 0x7fffffffu, y = b & 0x7fffffffu;
+  return x > y ? x : y;
+}
+
+inline float from_f16(u32 bits) {
+  const u16 low = static_cast<u16>(bits);
+  _Float16 half;
+  std::memcpy(&half, &low, 2);
+  return static_cast<float>(half);
+}
+inline u32 bits_f16(float value) {
+  const _Float16 half = static_cast<_Float16>(value);
+  u16 bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline u32 bits_bf16(float value) {
+  const u32 bits = as_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+inline u32 to_f16x2(float low, float high) { return bits_f16(low) | bits_f16(high) << 16; }
+inline u32 to_bf16x2(float low, float high) { return bits_bf16(low) | bits_bf16(high) << 16; }
+
+inline void atomic_add(u64* address, u64 v) { *address += v; }
+inline void atomic_largest(u64* address, u64 v) { *address = *address > v ? *address : v; }
+
+#define SS_HAS_E4M3 0

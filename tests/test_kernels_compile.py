@@ -1,0 +1,586 @@
+"""Every kernel compiles for every architecture, without a GPU; the compiler's caches and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from slidesparse_rt.errors import (
+    BackendUnavailable,
+    CompileError,
+    DeviceMemoryError,
+    DTypeError,
+    LibraryError,
+    OptionError,
+    PlanClosed,
+)
+from slidesparse_rt.ffi.libraries import load
+from slidesparse_rt.kernels import catalog, compiler, launch, loader
+from slidesparse_rt.kernels.catalog import ARCHITECTURES, KernelSpec, catalogue
+from slidesparse_rt.kernels.compiler import (
+    CompiledKernel,
+    Compiler,
+    Nvrtc,
+    Source,
+    cache_key,
+    compile_cubin,
+    read_source,
+)
+from slidesparse_rt.kernels.loader import Cuda, KernelCache
+from slidesparse_rt.pattern import PATTERNS, Pattern
+
+SIX_OF_EIGHT = Pattern.parse("6:8")
+WEIGHT = catalog.weights("check", "int8", SIX_OF_EIGHT)
+
+
+@pytest.fixture(scope="module")
+def nvrtc():
+    return Nvrtc(load("nvrtc"))
+
+
+def examine(library: Nvrtc, specs: list[KernelSpec], architecture: str) -> None:
+    kernels = Compiler(library=library)
+    for spec in specs:
+        compiled = kernels.compile(spec, architecture)
+        assert compiled.cubin.startswith(b"\x7fELF"), spec.title
+        assert "warning" not in compiled.log, compiled.log
+        found = compiled.entries[spec.entry]
+        # A report that was not understood would show as no registers.
+        assert 8 <= found.registers <= 65536 // spec.max_threads, (spec.title, found)
+        if spec.hot:
+            assert (found.spill_stores, found.spill_loads, found.stack) == (0, 0, 0), (
+                f"{spec.title} for {architecture}: {found}"
+            )
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_compiles_for_every_architecture(nvrtc, architecture, part):
+    examine(nvrtc, list(catalogue())[part::3], architecture)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_pattern_compiles(nvrtc, part):
+    examine(nvrtc, list(catalogue(all_patterns=True))[part::4], "sm_90a")
+
+
+def test_the_catalogue_names_everything():
+    specs = list(catalogue())
+    assert len(specs) == len(set(specs))
+    entries = {spec.entry for spec in specs}
+    assert entries == {"quantize_lift", "dequantize", *launch.WEIGHT_ARGUMENTS}
+    assert any(spec.hot for spec in specs)
+    assert not all(spec.hot for spec in specs)
+    groups = {dict(spec.defines)["GROUP"] for spec in catalogue(all_patterns=True)}
+    assert groups == {pattern.group for pattern in PATTERNS}
+
+
+def test_a_spill_is_seen(nvrtc, tmp_path):
+    """The report of registers and spills is read from the compiler, so it must be able to fail."""
+    tmp_path.joinpath("spill.cu").write_text(
+        """
+        extern "C" __global__ void __launch_bounds__(1024) spill(float* x, int n) {
+          float v[128];
+          #pragma unroll
+          for (int i = 0; i < 128; ++i) v[i] = x[i * 1024 + threadIdx.x];
+          for (int round = 0; round < n; ++round) {
+            #pragma unroll
+            for (int i = 0; i < 128; ++i) v[i] = v[i] * v[(i * 37 + 11) % 128] + v[(i + 1) % 128];
+          }
+          #pragma unroll
+          for (int i = 0; i < 128; ++i) x[i * 1024 + threadIdx.x] = v[i];
+        }
+        """
+    )
+    spec = KernelSpec("spill.cu", "spill", (), hot=True, max_threads=1024)
+    compiled = compile_cubin(spec, "sm_90a", library=nvrtc, folder=tmp_path)
+    found = compiled.entries["spill"]
+    assert found.spill_stores > 0
+    assert found.spill_loads > 0
+    assert found.registers == 64
+
+
+def test_a_broken_source_is_a_compile_error_with_the_log(nvrtc, tmp_path):
+    tmp_path.joinpath("broken.cu").write_text("this is no C++;\n")
+    spec = KernelSpec("broken.cu", "none", (("SIZE", 3),), hot=False, max_threads=32)
+    with pytest.raises(CompileError, match=r"cannot compile none\(size=3\) for sm_90") as caught:
+        compile_cubin(spec, "sm_90", library=nvrtc, folder=tmp_path)
+    assert "broken.cu(1): error" in caught.value.log
+    assert caught.value.log in str(caught.value)
+    assert "-DSS_SIZE=3" in caught.value.options
+    assert "--gpu-architecture=sm_90" in caught.value.options
+
+
+def test_an_unknown_architecture_is_a_compile_error(nvrtc):
+    with pytest.raises(CompileError, match="for sm_12345: NVRTC_ERROR_INVALID_OPTION"):
+        compile_cubin(WEIGHT, "sm_12345", library=nvrtc)
+
+
+def test_a_source_without_kernels_is_a_compile_error(nvrtc, tmp_path):
+    tmp_path.joinpath("empty.cu").write_text("\n")
+    spec = KernelSpec("empty.cu", "none", (), hot=False, max_threads=32)
+    with pytest.raises(CompileError, match="names no kernel"):
+        compile_cubin(spec, "sm_90", library=nvrtc, folder=tmp_path)
+
+
+def test_missing_sources_and_headers_are_named(nvrtc, tmp_path, monkeypatch):
+    with pytest.raises(CompileError, match=r"gone\.cu cannot be read from .*: No such file"):
+        read_source("gone.cu", tmp_path)
+    tmp_path.joinpath("a.cu").write_text('#include "b.cuh"\n')
+    with pytest.raises(CompileError, match=r"b\.cuh, which a\.cu includes, cannot be read"):
+        read_source("a.cu", tmp_path)
+    module = tmp_path / "package" / "kernels" / "compiler.py"
+    monkeypatch.setattr(compiler, "__file__", str(module))
+    monkeypatch.setattr(compiler.resources, "files", lambda name: tmp_path)
+    with pytest.raises(CompileError, match="the CUDA sources are missing: neither"):
+        compiler.source_folder()
+    tmp_path.joinpath("kernels_cu").mkdir()
+    assert compiler.source_folder() == tmp_path / "kernels_cu"
+
+
+def test_sources_are_read_with_all_their_headers():
+    source = read_source("quantize_lift.cu")
+    assert set(source.headers) == {"numbers.cuh", "windows.cuh", "primitives.cuh"}
+    assert set(read_source("dequantize.cu").headers) == {"numbers.cuh", "primitives.cuh"}
+
+
+def test_every_argument_changes_the_key():
+    source = Source("a.cu", "text", {"a.cuh": "one", "b.cuh": "two"})
+    options, architecture, version = ("-DX=1", "-DY=2"), "sm_90", (13, 0)
+    first = cache_key(source, options, architecture, version)
+    assert first == cache_key(
+        Source("a.cu", "text", {"b.cuh": "two", "a.cuh": "one"}), options, architecture, version
+    )
+    keys = [
+        first,
+        cache_key(replace(source, name="b.cu"), options, architecture, version),
+        cache_key(replace(source, text="text "), options, architecture, version),
+        cache_key(replace(source, headers={}), options, architecture, version),
+        cache_key(
+            replace(source, headers={"a.cuh": "one", "b.cuh": "2"}), options, architecture, version
+        ),
+        cache_key(
+            replace(source, headers={"a.cuh": "one", "c.cuh": "two"}),
+            options,
+            architecture,
+            version,
+        ),
+        # The same characters, divided otherwise.
+        cache_key(
+            replace(source, headers={"a.cuh": "oneb.cuhtwo"}), options, architecture, version
+        ),
+        cache_key(source, ("-DX=1",), architecture, version),
+        cache_key(source, ("-DX=1", "-DY=3"), architecture, version),
+        cache_key(source, ("-DY=2", "-DX=1"), architecture, version),
+        cache_key(source, ("-DX=1-DY=2",), architecture, version),
+        cache_key(source, options, "sm_90a", version),
+        cache_key(source, options, architecture, (13, 1)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert all(len(key) == 64 for key in keys)
+
+
+def test_every_setting_of_every_kernel_reaches_the_compiler():
+    for spec in catalogue():
+        sources = read_source(spec.source)
+        text = sources.text + "".join(sources.headers.values())
+        for name, value in spec.defines:
+            assert f"SS_{name}" in text, spec.title
+            assert f"-DSS_{name}={value}" in spec.options
+
+
+class CountingNvrtc(Nvrtc):
+    """Counts compilations."""
+
+    def __init__(self) -> None:
+        super().__init__(load("nvrtc"))
+        self.compiled = 0
+
+    def raw(self, name):
+        if name == "nvrtcCompileProgram":
+            self.compiled += 1
+        return super().raw(name)
+
+
+def test_a_kernel_is_compiled_once_per_process_and_once_per_directory(tmp_path):
+    library = CountingNvrtc()
+    directory = tmp_path / "deep" / "cache"
+    kernels = Compiler(directory, library=library)
+    first = kernels.compile(WEIGHT, "sm_90")
+    assert kernels.compile(WEIGHT, "sm_90") is first
+    assert library.compiled == 1
+    (kept,) = directory.iterdir()
+    assert kept.name == f"{first.key}.cubin"
+    assert Compiler(directory, library=library).compile(WEIGHT, "sm_90") == first
+    assert library.compiled == 1
+    assert Compiler(directory, library=library).compile(WEIGHT, "sm_80").key != first.key
+    assert library.compiled == 2
+    assert len(list(directory.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: b"[]\n" + data,
+        lambda data: data.replace(b"registers", b"registerz"),
+        lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    ],
+)
+def test_a_damaged_file_is_compiled_again(tmp_path, damage):
+    library = CountingNvrtc()
+    first = Compiler(tmp_path, library=library).compile(WEIGHT, "sm_90")
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    kept.write_bytes(damage(whole))
+    again = Compiler(tmp_path, library=library).compile(WEIGHT, "sm_90")
+    assert (again.key, again.cubin, again.entries) == (first.key, first.cubin, first.entries)
+    assert library.compiled == 2
+    # The log has the time that compiling took, and nothing else that changes.
+    assert kept.read_bytes().split(b"\n", 1)[1] == whole.split(b"\n", 1)[1]
+
+
+def test_a_directory_that_cannot_be_written_is_no_directory(nvrtc, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    kernels = Compiler(blocked / "below", library=nvrtc)
+    assert kernels.compile(WEIGHT, "sm_90").cubin
+
+    def full(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(compiler.Path, "replace", full)
+    Compiler(tmp_path / "full", library=nvrtc).compile(WEIGHT, "sm_90")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_threads_share_one_compilation(tmp_path):
+    library = CountingNvrtc()
+    kernels = Compiler(tmp_path, library=library)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(kernels.compile(WEIGHT, "sm_90")))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert library.compiled == 1
+    assert len({id(one) for one in found}) == 1
+
+
+def test_the_default_directory_needs_a_home(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiler.Path, "home", lambda: tmp_path)
+    assert compiler.default_directory() == tmp_path / ".cache" / "slidesparse_rt" / "kernels"
+
+    def homeless():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(compiler.Path, "home", homeless)
+    assert compiler.default_directory() is None
+
+
+def test_the_architecture_follows_the_gpu(nvrtc, monkeypatch):
+    kernels = Compiler(library=nvrtc)
+    assert kernels.architecture((9, 0)) == "sm_90"
+    assert kernels.architecture((9, 0), exact=True) == "sm_90a"
+    monkeypatch.setattr(nvrtc, "architectures", lambda: (80, 86, 90))
+    assert kernels.architecture((8, 9)) == "sm_86"
+    for capability, exact in (((12, 0), False), ((7, 5), False), ((8, 9), True)):
+        with pytest.raises(CompileError, match=r"compiles nothing for a GPU of compute capability"):
+            kernels.architecture(capability, exact=exact)
+
+
+def test_nvrtc_is_found_when_it_is_first_needed():
+    assert Compiler().library.version >= (12, 0)
+
+
+def test_settings_that_do_not_exist_are_refused():
+    with pytest.raises(OptionError, match="vectors is 3"):
+        catalog.quantize_lift("bfloat16", "int8", SIX_OF_EIGHT, vectors=3)
+    with pytest.raises(OptionError, match="threads is 1056; allowed are at most 1024"):
+        catalog.quantize_lift("bfloat16", "int8", SIX_OF_EIGHT, threads=1056)
+    with pytest.raises(OptionError, match="access is 2; allowed for float32"):
+        catalog.quantize_lift("float32", "int8", SIX_OF_EIGHT, access=2)
+    with pytest.raises(OptionError, match="bf16 has no scales"):
+        catalog.quantize_lift("float32", "bf16", SIX_OF_EIGHT, given_scales=True)
+    with pytest.raises(OptionError, match="exclude each other"):
+        catalog.quantize_lift("float32", "bf16", SIX_OF_EIGHT, warp_row=True, tiled=True)
+    with pytest.raises(DTypeError, match="result of type int8 is unknown"):
+        catalog.dequantize("int8", "bfloat16")
+    with pytest.raises(OptionError, match="columns=5"):
+        catalog.dequantize("int32", "bfloat16", columns=5)
+    with pytest.raises(OptionError, match="entry is 'sort'"):
+        catalog.weights("sort", "int8", SIX_OF_EIGHT)
+    with pytest.raises(DTypeError, match="prune_wanda does not take int8"):
+        catalog.weights("prune_wanda", "int8", SIX_OF_EIGHT)
+    with pytest.raises(OptionError, match="kernels know no format 'int4'"):
+        catalog.format_bytes("int4")
+
+
+# --- loading, with a driver that only remembers ---------------------------------------------------
+
+
+class FakeCuda(Cuda):
+    """A driver without a GPU: counts what is loaded and which context is current."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            SimpleNamespace(
+                library=SimpleNamespace(title="a driver"), path="", version=(13, 0), handle=None
+            )
+        )
+        self.pushed: list[int] = []
+        self.modules: dict[int, bytes] = {}
+        self.retained = 0
+        self.shared: dict[int, int] = {}
+        self.refuse: dict[str, int] = {}
+
+    def __getattr__(self, name):
+        action = getattr(type(self), f"_{name.lower()}", None)
+        if action is None:
+            raise AttributeError(name)
+
+        def call(*arguments):
+            if name in self.refuse:
+                raise self.error(name, self.refuse[name], arguments)
+            action(self, *arguments)
+
+        return call
+
+    def raw(self, name):
+        if name == "cuGetErrorName":
+
+            def named(status, text):
+                text._obj.value = b"CUDA_ERROR_OUT_OF_MEMORY" if status == 2 else None
+                return 0 if status == 2 else 1
+
+            return named
+        return lambda *arguments: 0
+
+    def _cuinit(self, flags):
+        pass
+
+    def _cudeviceget(self, device, ordinal):
+        device._obj.value = ordinal
+
+    def _cudevicegetattribute(self, value, attribute, device):
+        value._obj.value = {16: 132, 75: 9, 76: 0, 97: 232448}[attribute]
+
+    def _cudeviceprimaryctxretain(self, context, device):
+        self.retained += 1
+        context._obj.value = 1000 + device
+
+    def _cudeviceprimaryctxrelease_v2(self, device):
+        self.retained -= 1
+
+    def _cuctxpushcurrent_v2(self, context):
+        self.pushed.append(context)
+
+    def _cuctxpopcurrent_v2(self, context):
+        self.pushed.pop()
+
+    def _cumoduleloaddata(self, module, image):
+        assert self.pushed == [1003]
+        module._obj.value = 7000 + len(self.modules)
+        self.modules[module._obj.value] = image
+
+    def _cumoduleunload(self, module):
+        assert self.pushed == [1003]
+        del self.modules[module]
+
+    def _cumodulegetfunction(self, function, module, name):
+        function._obj.value = module * 10
+
+    def _cufuncsetattribute(self, function, attribute, value):
+        assert attribute == 8
+        self.shared[function] = value
+
+    def _cuoccupancymaxactiveblockspermultiprocessor(self, blocks, function, threads, shared):
+        assert self.pushed == [1003]
+        blocks._obj.value = 5
+
+
+@pytest.fixture
+def cuda():
+    return FakeCuda()
+
+
+@pytest.fixture
+def kernels(cuda, nvrtc):
+    with KernelCache(3, Compiler(library=nvrtc), library=cuda) as made:
+        yield made
+
+
+def test_kernels_are_loaded_once_and_unloaded_on_close(kernels, cuda):
+    assert kernels.limits == loader.DeviceLimits((9, 0), 132, 232448)
+    first = kernels.load(WEIGHT)
+    assert kernels.load(WEIGHT) is first
+    assert first.resources.registers > 0
+    assert len(cuda.modules) == 1
+    # Another entry point of the same code is in the same module.
+    kernels.load(catalog.weights("slide", "int8", SIX_OF_EIGHT))
+    assert len(cuda.modules) == 1
+    kernels.load(catalog.weights("check", "int8", Pattern.parse("4:6")))
+    assert len(cuda.modules) == 2
+    assert cuda.pushed == []
+    assert kernels.occupancy(first, 256, 0) == 5
+    assert cuda.retained == 1
+    kernels.close()
+    kernels.close()
+    assert kernels.closed
+    assert (cuda.modules, cuda.retained, cuda.pushed) == ({}, 0, [])
+    for use in (
+        lambda: kernels.load(WEIGHT),
+        lambda: kernels.occupancy(first, 256, 0),
+        lambda: kernels.current().__enter__(),
+    ):
+        with pytest.raises(PlanClosed, match="used after close"):
+            use()
+
+
+def test_shared_memory_of_a_kernel_is_only_ever_raised(kernels, cuda):
+    spec = catalog.quantize_lift("bfloat16", "int8", SIX_OF_EIGHT)
+    function = kernels.load(spec, shared_bytes=60_000).function
+    kernels.load(spec, shared_bytes=100_000)
+    kernels.load(spec, shared_bytes=50_000)
+    assert cuda.shared == {function: 100_000}
+
+
+def test_a_dropped_cache_unloads_its_kernels(cuda, nvrtc):
+    made = KernelCache(3, Compiler(library=nvrtc), library=cuda)
+    made.load(WEIGHT)
+    del made
+    assert (cuda.modules, cuda.retained) == ({}, 0)
+
+
+def test_errors_of_the_driver_carry_its_name_for_them(kernels, cuda):
+    cuda.refuse["cuModuleLoadData"] = 2
+    with pytest.raises(DeviceMemoryError, match=r"cuModuleLoadData returned 2 \(CUDA_ERROR_OUT_OF"):
+        kernels.load(WEIGHT)
+    assert cuda.pushed == []
+    cuda.refuse = {"cuModuleGetFunction": 999}
+    with pytest.raises(LibraryError, match=r"returned 999 \(unknown status\) \[a driver\]"):
+        kernels.load(WEIGHT)
+    cuda.refuse = {"cuModuleUnload": 4}
+    kernels.close()  # at the end an error helps no one
+
+
+def test_launchers_pack_their_arguments_and_pick_a_kernel(kernels):
+    quantize = launch.Quantizer(kernels, 1024, "bfloat16", "int8", SIX_OF_EIGHT, 1536)
+    seen = []
+    quantize._launch = lambda *arguments: seen.append(("fast", *arguments))
+    quantize._launch_any = lambda *arguments: seen.append(("any", *arguments))
+    quantize(4096, 1024, 8192, 12288, 10_000, 10_016, 77)
+    quantize(4096 + 2, 1024, 8192, 12288, 3, 3, 77)
+    quantize(4096, 1025, 8192, 12288, 3, 3, 77)
+    fast, odd_address, odd_stride = seen
+    config = quantize.config
+    assert config.rows == 4
+    assert fast == (
+        *("fast", 10_016 // 4, config.threads, 1, config.shared_bytes, 77),
+        *(4096, 2048, 8192, 1536, 12288, 0, 0, 10_000, 10_016, 1024),
+        *(config.stage_bytes, config.tile),
+    )
+    assert odd_address[:2] == odd_stride[:2] == ("any", 1)
+
+    few = launch.Quantizer(kernels, 1024, "bfloat16", "int8", SIX_OF_EIGHT, 1536, blocks_per_sm=2)
+    seen.clear()
+    few._launch = lambda *arguments: seen.append(arguments)
+    few(4096, 1024, 8192, 12288, 10_000, 10_016, 77)
+    few(4096, 1024, 8192, 12288, 9, 9, 77)
+    assert [blocks for blocks, *_ in seen] == [2 * 132, 3]
+
+    packed = launch.Launch(kernels.cuda, quantize.kernel, launch.QUANTIZE_ARGUMENTS)
+    calls = []
+    packed._run = lambda *arguments: calls.append(arguments) or 0
+    packed(9, 128, 1, 2048, 55, *range(1, 13))
+    function, gx, gy, gz, bx, by, bz, shared, stream, addresses, extra = calls[0]
+    assert (gx, gy, gz, bx, by, bz, shared, stream, extra) == (
+        *(9, 1, 1, 128, 1, 1, 2048, 55),
+        None,
+    )
+    assert function == quantize.kernel.function
+    values = [
+        (ctypes.c_int64 if code in "Qq" else ctypes.c_int32).from_address(address).value
+        for code, address in zip(launch.QUANTIZE_ARGUMENTS, addresses, strict=True)
+    ]
+    assert values == list(range(1, 13))
+
+
+def test_every_layout_matches_the_source():
+    """struct codes against the parameter lists of the kernels themselves."""
+    wanted = {
+        "quantize_lift": ("quantize_lift.cu", launch.QUANTIZE_ARGUMENTS),
+        "dequantize": ("dequantize.cu", launch.DEQUANTIZE_ARGUMENTS),
+        **{name: ("weights.cu", codes) for name, codes in launch.WEIGHT_ARGUMENTS.items()},
+    }
+    for entry, (name, codes) in wanted.items():
+        text = read_source(name).text
+        start = text.index(f"{entry}(const", text.index("SS_KERNEL"))
+        parameters = text[text.index("(", start) + 1 : text.index(") {", start)].split(",")
+        kinds = "".join(
+            "Q" if "*" in parameter else "q" if "i64" in parameter else "i"
+            for parameter in parameters
+        )
+        assert kinds == codes, entry
+
+
+def test_the_kernels_of_a_device_are_shared(monkeypatch, nvrtc):
+    made = []
+
+    def make(device, compiler):
+        made.append(device)
+        return SimpleNamespace(device=device)
+
+    loader._shared.cache_clear()
+    monkeypatch.setattr(loader, "KernelCache", make)
+    try:
+        assert loader.kernels_of(0) is loader.kernels_of(0)
+        assert loader.kernels_of(1) is not loader.kernels_of(0)
+        assert made == [0, 1]
+    finally:
+        loader._shared.cache_clear()
+
+
+def test_the_functions_by_device_use_the_shared_kernels(monkeypatch, kernels):
+    monkeypatch.setattr(launch, "kernels_of", lambda index: {3: kernels}[index])
+    device = SimpleNamespace(index=3)
+    float32, bfloat16 = (launch.array_type(name) for name in ("float32", "bfloat16"))
+    int8 = launch.operand("int8")
+    assert launch.quantizer(device, bfloat16, int8, SIX_OF_EIGHT, 64, 96).columns == 64
+    assert launch.dequantizer(device, "int32", float32, 48).columns == 48
+    assert launch.weight_kernels(device, "int8", SIX_OF_EIGHT).FINDINGS_BYTES == 48
+
+
+def test_without_a_driver_there_is_a_clear_error(monkeypatch):
+    def missing(name):
+        raise BackendUnavailable(f"{name} was not found")
+
+    monkeypatch.setattr(loader, "load", missing)
+    with pytest.raises(BackendUnavailable, match="cuda was not found"):
+        KernelCache(0, Compiler())
+
+
+def test_a_log_is_read_entry_by_entry():
+    log = (
+        "ptxas info    : Compiling entry function 'a' for 'sm_90'\n"
+        "ptxas         .     8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 1 barriers\n"
+        "ptxas info    : Compiling entry function 'b' for 'sm_90'\n"
+        "ptxas         .     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 16 registers\n"
+    )
+    entries = CompiledKernel.from_log("", b"", log).entries
+    assert entries["a"] == compiler.Resources(255, 4, 12, 8)
+    assert entries["b"] == compiler.Resources(16, 0, 0, 0)
+    with pytest.raises(CompileError, match="names no kernel"):
+        CompiledKernel.from_log("", b"", json.dumps(log.replace("Used", "used")))
