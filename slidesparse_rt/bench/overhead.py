@@ -1,0 +1,445 @@
+"""``slidesparse bench overhead``: what a call costs on the host, whatever the GPU does.
+
+Calls are made in batches on an idle GPU, and the host's clock is read before and after a batch;
+then the GPU is waited for.  A batch is short enough that its launches fit the queue, so a slow GPU
+does not hold the host up, and the problem is small.  A figure is the median (or the minimum) over
+batches of the time of one call.  Garbage collection is off meanwhile, as in ``timeit``.
+
+``SparseGemmPlan.run`` quantizes, multiplies and scales; PyTorch's own calls, measured in the same
+run for scale, only multiply operands that are quantized already.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import gc
+import pstats
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..arrays import NDArray
+from ..dtypes import array_type, operand
+from ..errors import OptionError
+from ..packing.quantize import quantize_tokens
+from ..pattern import Pattern
+from .checks import check_result, exact, sample
+from .record import FAILURES, Budget, Record, reason_of
+from .timing import Gpu
+
+__all__ = ["LIBRARIES", "HostTime", "OverheadSettings", "host_time", "profile_rows", "run_overhead"]
+
+LIBRARIES = ("cusparseLt", "cublasLt", "nvrtc")
+_BF16 = "bfloat16"
+#: Rows of a profile that are kept.
+_TOP = 15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OverheadSettings:
+    """What to measure.
+
+    Attributes
+    ----------
+    backends, dtypes, pattern:
+        Of the plans.
+    m, n, k:
+        The problem, small.
+    batches, calls:
+        Batches, and calls of one batch.
+    """
+
+    backends: tuple[str, ...] = ("cusparselt", "dense")
+    dtypes: tuple[str, ...] = ("int8", "fp8_e4m3", "bf16")
+    pattern: str = "6:8"
+    m: int = 32
+    n: int = 1024
+    k: int = 1024
+    batches: int = 60
+    calls: int = 50
+
+    def __post_init__(self) -> None:
+        for dtype in self.dtypes:
+            operand(dtype)
+        Pattern.parse(self.pattern)
+        numbers = (self.m, self.n, self.k, self.batches, self.calls)
+        if min(numbers) < 1 or self.calls > 100:
+            raise OptionError(
+                "sizes, batches and calls must be at least 1, and calls at most 100: more would "
+                "fill the GPU's queue"
+            )
+        if self.k % 32 or self.n % 32 or self.m % 32:
+            raise OptionError("m, n and k must be multiples of 32, which PyTorch's calls ask for")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the result file."""
+        return {
+            "backends": list(self.backends),
+            "dtypes": list(self.dtypes),
+            "pattern": self.pattern,
+            "m": self.m,
+            "n": self.n,
+            "k": self.k,
+            "batches": self.batches,
+            "calls": self.calls,
+            "x": _BF16,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class HostTime:
+    """Microseconds of one call on the host, over batches."""
+
+    median: float
+    minimum: float
+
+
+def host_time(
+    call: Callable[[], object], wait: Callable[[], object], *, batches: int, calls: int
+) -> HostTime:
+    """Time ``call`` on the host; ``wait`` waits for the GPU between batches."""
+    for _ in range(2 * calls):
+        call()
+    wait()
+    found = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(batches):
+            begin = time.perf_counter_ns()
+            for _ in range(calls):
+                call()
+            end = time.perf_counter_ns()
+            wait()
+            found.append((end - begin) / calls / 1e3)
+    finally:
+        if collecting:
+            gc.enable()
+    return HostTime(statistics.median(found), min(found))
+
+
+def profile_rows(
+    call: Callable[[], object], wait: Callable[[], object], *, batches: int, calls: int
+) -> list[dict[str, Any]]:
+    """Where the host's time goes, by function: the :data:`_TOP` with the most time of their own.
+
+    Times are microseconds for one call; the profiler makes each Python function slower, so read
+    them against each other.
+    """
+    profile = cProfile.Profile()
+    for _ in range(batches):
+        profile.enable()
+        for _ in range(calls):
+            call()
+        profile.disable()
+        wait()
+    runs = batches * calls
+    stats: Any = pstats.Stats(profile)
+    entries = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:_TOP]
+    return [
+        {
+            "function": _function(*key),
+            "calls": counts[1] / runs,
+            "own_us": counts[2] / runs * 1e6,
+            "total_us": counts[3] / runs * 1e6,
+        }
+        for key, counts in entries
+    ]
+
+
+def _function(file: str, line: int, name: str) -> str:
+    """A function for people, without the folders of this machine."""
+    if file == "~":
+        return name
+    parts = Path(file).parts
+    if "slidesparse_rt" in parts:
+        begin = len(parts) - 1 - parts[::-1].index("slidesparse_rt")
+        return f"{'/'.join(parts[begin:])}:{line} {name}"
+    return f"{'/'.join(parts[-2:])}:{line} {name}"
+
+
+# --- arrays of the calling library ----------------------------------------------------------------
+
+
+class TorchArrays:
+    """PyTorch's arrays on one GPU."""
+
+    name = "torch"
+
+    def __init__(self, index: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._device = torch.device("cuda", index)
+
+    def array(self, values: NDArray) -> Any:
+        """A bfloat16 NumPy array on the GPU."""
+        torch = self._torch
+        bits = torch.from_numpy(np.ascontiguousarray(values).view(np.int16))
+        return bits.to(self._device).view(torch.bfloat16)
+
+    def host(self, array: Any) -> NDArray:
+        """A bfloat16 GPU array as NumPy."""
+        bits = array.cpu().contiguous().view(self._torch.int16).numpy()
+        return np.asarray(bits).view(array_type(_BF16).dtype)
+
+    def wait(self) -> None:
+        """Wait for the GPU."""
+        self._torch.cuda.synchronize(self._device)
+
+
+class CupyArrays:
+    """CuPy's arrays, where PyTorch is not installed or cannot use the GPU."""
+
+    name = "cupy"
+
+    def __init__(self, index: int) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._device = cupy.cuda.Device(index)
+
+    def array(self, values: NDArray) -> Any:
+        """A bfloat16 NumPy array on the GPU."""
+        made = self._cupy.empty(values.shape, values.dtype)
+        made.set(np.ascontiguousarray(values))
+        return made
+
+    def host(self, array: Any) -> NDArray:
+        """A bfloat16 GPU array as NumPy."""
+        return np.asarray(array.get())
+
+    def wait(self) -> None:
+        """Wait for the GPU."""
+        self._device.synchronize()
+
+
+def arrays_on(index: int) -> TorchArrays | CupyArrays:
+    """PyTorch's arrays if it can use the GPU, else CuPy's."""
+    try:
+        import torch
+    except ImportError:
+        return CupyArrays(index)
+    return TorchArrays(index) if torch.cuda.is_available() else CupyArrays(index)
+
+
+# --- the benchmark --------------------------------------------------------------------------------
+
+
+def run_overhead(
+    gpu: Gpu,
+    settings: OverheadSettings,
+    record: Record,
+    *,
+    budget: Budget,
+    say: Callable[[str], None],
+    done: Callable[[], None],
+    arrays: Any = None,
+    make_plan: Callable[..., Any] | None = None,
+    others: Callable[..., Sequence[tuple[str, str, Callable[[], object]]]] | None = None,
+) -> None:
+    """Measure every call and add its rows to ``record``.
+
+    ``arrays``, ``make_plan`` and ``others`` stand in for the caller's library, SparseGemmPlan and
+    :func:`torch_calls` in tests; the rest is as for :func:`~slidesparse_rt.bench.gemm.run_gemm`.
+    """
+    if arrays is None:
+        arrays = arrays_on(gpu.index)
+    record.document["settings"]["library"] = arrays.name
+    rng = np.random.default_rng(3)
+    kind = array_type(_BF16).dtype
+    x_host = rng.standard_normal((settings.m, settings.k), dtype=np.float32).astype(kind)
+    w_host = rng.standard_normal((settings.n, settings.k), dtype=np.float32).astype(kind)
+    drop_last(w_host, Pattern.parse(settings.pattern))
+    x = arrays.array(x_host)
+    for backend in settings.backends:
+        for dtype in settings.dtypes:
+            case = f"{backend} {dtype}"
+            if budget.spent:
+                record.leave_out(case, "time budget", "no time left")
+                done()
+                continue
+            try:
+                _measure_plan(
+                    settings, record, backend, dtype, arrays, x, x_host, w_host, gpu, say, make_plan
+                )
+            except FAILURES as error:
+                reason, why = reason_of(error)
+                record.leave_out(case, reason, why)
+                say(f"{case}: not reported, {reason}: {why}")
+            record.save()
+            done()
+    if arrays.name == "torch":
+        for call, dtype, run in (others or torch_calls)(settings, gpu.index):
+            _measure_other(settings, record, call, dtype, run, arrays.wait, say)
+    else:
+        record.leave_out("PyTorch's calls", "unavailable", "PyTorch with CUDA is not installed")
+    record.finish()
+
+
+def _measure_plan(
+    settings: OverheadSettings,
+    record: Record,
+    backend: str,
+    dtype: str,
+    arrays: Any,
+    x: Any,
+    x_host: NDArray,
+    w_host: NDArray,
+    gpu: Gpu,
+    say: Callable[[str], None],
+    make_plan: Callable[..., Any] | None,
+) -> None:
+    """One plan, with and without ``out=``; the output checked first."""
+    from ..plan import SparseGemmPlan
+
+    with (make_plan or SparseGemmPlan)(
+        w_host, settings.pattern, dtype=dtype, backend=backend, device=f"cuda:{gpu.index}"
+    ) as plan:
+        y = plan.run(x)
+        found = arrays.host(y)
+        rows, channels = sample(settings.m, 8), sample(settings.n, 64)
+        row = operand(dtype)
+        sums = _BF16 if (backend, dtype) == ("cusparselt", "bf16") else "float32"
+        check_result(
+            found[np.ix_(rows, channels)],
+            exact(x_host[rows], w_host[channels], row),
+            f"{backend} {dtype}",
+            sums_type=sums,
+        )
+        for out in (None, y):
+            times = host_time(
+                lambda out=out: plan.run(x, out=out),  # type: ignore[misc]
+                arrays.wait,
+                batches=settings.batches,
+                calls=settings.calls,
+            )
+            profile = profile_rows(
+                lambda out=out: plan.run(x, out=out),  # type: ignore[misc]
+                arrays.wait,
+                batches=max(1, settings.batches // 3),
+                calls=settings.calls,
+            )
+            given = "out=None" if out is None else "out=y"
+            record.add(
+                _row(f"SparseGemmPlan.run {given}", backend, dtype, times) | {"profile": profile}
+            )
+            say(
+                f"{backend} {dtype} {given}: {times.median:.1f} us a call, at best "
+                f"{times.minimum:.1f} us"
+            )
+
+
+def _measure_other(
+    settings: OverheadSettings,
+    record: Record,
+    call: str,
+    dtype: str,
+    run: Callable[[], object],
+    wait: Callable[[], object],
+    say: Callable[[str], None],
+) -> None:
+    try:
+        times = host_time(run, wait, batches=settings.batches, calls=settings.calls)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        # A private call of PyTorch: not every version takes every type.
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        record.leave_out(f"{call} {dtype}", "unavailable", f"{type(error).__name__}: {why}")
+        say(f"{call} {dtype}: not available: {why}")
+    else:
+        record.add(_row(call, "torch", dtype, times))
+        say(f"{call} {dtype}: {times.median:.1f} us a call, at best {times.minimum:.1f} us")
+    record.save()
+
+
+def _row(call: str, backend: str, dtype: str, times: HostTime) -> dict[str, Any]:
+    return {
+        "call": call,
+        "backend": backend,
+        "dtype": dtype,
+        "median_us": times.median,
+        "minimum_us": times.minimum,
+    }
+
+
+def drop_last(weight: NDArray, pattern: Pattern) -> None:
+    """Make a weight fit its pattern in place: the last inputs of every group become zeros.
+
+    Host time does not depend on which ones they are.
+    """
+    for position in range(pattern.keep, pattern.group):
+        weight[:, position :: pattern.group] = 0
+
+
+def torch_calls(
+    settings: OverheadSettings, index: int
+) -> list[tuple[str, str, Callable[[], object]]]:
+    """PyTorch's own products of the same size: (call, dtype, what makes it).
+
+    ``torch._cslt_sparse_mm`` is cuSPARSELt with 2:4 weights, ``torch._scaled_mm`` is cuBLASLt's fp8
+    with token and channel scales, ``torch.mm`` its bf16.
+    """
+    import torch
+
+    device = torch.device("cuda", index)
+    m, n, k = settings.m, settings.n, settings.k
+    values = np.random.default_rng(4).standard_normal((n + m, k), dtype=np.float32)
+    drop_last(values[:n], Pattern.parse("2:4"))
+    numbers = torch.from_numpy(values).to(device)
+    weight, x = numbers[:n].to(torch.bfloat16), numbers[n:].to(torch.bfloat16)
+    y = torch.empty((m, n), dtype=torch.bfloat16, device=device)
+    columns = weight.t()
+    made: list[tuple[str, str, Callable[[], object]]] = [
+        ("torch.mm", "bf16", lambda: torch.mm(x, columns)),
+        ("torch.mm out=", "bf16", lambda: torch.mm(x, columns, out=y)),
+    ]
+
+    def later(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+        """Prepare at the first call, so that what a version lacks is seen where it is measured."""
+        ready: list[Callable[[], object]] = []
+
+        def call() -> object:
+            if not ready:
+                ready.append(make())
+            return ready[0]()
+
+        return call
+
+    def quantized(target: str) -> tuple[Any, Any]:
+        # Through NumPy, so that no kernel of PyTorch is needed for the conversion.
+        rows, _ = quantize_tokens(values, target)
+        bits = torch.from_numpy(np.ascontiguousarray(rows).view(np.int8)).to(device)
+        typed = bits if target == "int8" else bits.view(torch.float8_e4m3fn)
+        return typed[:n], typed[n:]
+
+    def scaled_mm() -> Callable[[], object]:
+        w8, x8 = quantized("fp8_e4m3")
+        by_token = torch.ones((m, 1), dtype=torch.float32, device=device)
+        by_channel = torch.ones((1, n), dtype=torch.float32, device=device)
+        w8_columns = w8.t()
+        return lambda: torch._scaled_mm(
+            x8, w8_columns, scale_a=by_token, scale_b=by_channel, out_dtype=torch.bfloat16
+        )
+
+    made.append(("torch._scaled_mm", "fp8_e4m3", later(scaled_mm)))
+
+    def sparse_mm(target: str) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            w2, x2 = (weight, x) if target == "bf16" else quantized(target)
+            packed = torch._cslt_compress(w2)
+            x_columns = x2.t()
+            out = None if target == "bf16" else torch.bfloat16
+            return lambda: torch._cslt_sparse_mm(
+                packed, x_columns, out_dtype=out, transpose_result=True
+            )
+
+        return make
+
+    for target in ("int8", "fp8_e4m3", "bf16"):
+        made.append(("torch._cslt_sparse_mm", target, later(sparse_mm(target))))
+    return made

@@ -1,0 +1,174 @@
+"""The two sides of a product: plans for all layers of a model, ready to be captured and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from ..dtypes import Operand, array_type
+from ..options import PlanOptions
+from ..pattern import Pattern
+from .shapes import Layer
+from .timing import Gpu, Memory
+
+__all__ = ["BF16", "WORKSPACE", "GpuSide", "Output", "Side", "Work", "make_weights"]
+
+#: Type of activations, weights and results.
+BF16 = "bfloat16"
+#: Workspace of a plan, large enough that no side is done in several launches.
+WORKSPACE = 8 << 30
+
+
+class Output(NamedTuple):
+    """Where a launch leaves its output: rows (tokens) of ``columns`` elements, ``stride`` apart.
+
+    ``scaled`` says whether scales are applied already.
+    """
+
+    pointer: int
+    kind: str
+    columns: int
+    stride: int
+    scaled: bool
+
+
+class Work(NamedTuple):
+    """One layer of one stage, ready to launch."""
+
+    launch: Callable[[], None]
+    output: Output
+    kernels: str
+
+
+class Side(Protocol):
+    """One backend with the plans of all layers in one format and pattern."""
+
+    #: Type in which the library returns sums.
+    sums_type: str
+
+    def gemm(self, index: int, tokens: int, x: int, y: int) -> Work:
+        """The product alone; quantizes x (tokens, K) at once, may write its result to ``y``."""
+        ...
+
+    def op(self, index: int, tokens: int, x: int, y: int) -> Work:
+        """The operator: bf16 x (tokens, K) to bf16 y (tokens, N)."""
+        ...
+
+    def release(self) -> None:
+        """Give back what :meth:`gemm` took; its graphs must not run again."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class GpuSide:
+    """A side made of :class:`~slidesparse_rt.SparseGemmPlan`."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        backend: str,
+        layers: Sequence[Layer],
+        weights: Sequence[Memory],
+        pattern: Pattern,
+        row: Operand,
+    ) -> None:
+        from ..plan import SparseGemmPlan
+
+        self._gpu = gpu
+        self._layers = layers
+        self._buffers: list[Memory] = []
+        self._plans: list[Any] = []
+        try:
+            for layer, weight in zip(layers, weights, strict=True):
+                self._plans.append(
+                    SparseGemmPlan(
+                        gpu.array(weight.pointer, (layer.n, layer.k), BF16),
+                        pattern,
+                        dtype=row,
+                        backend=backend,
+                        device=f"cuda:{gpu.index}",
+                        options=PlanOptions(workspace_limit=WORKSPACE),
+                    )
+                )
+        except BaseException:
+            self.close()
+            raise
+        self.sums_type = str(self._plans[0]._prepared.sums_type)
+
+    def gemm(self, index: int, tokens: int, x: int, y: int) -> Work:
+        """See :class:`Side`.  Everything lies as in a plan's own workspace."""
+        gpu, layer = self._gpu, self._layers[index]
+        # The plan offers no product without its pipeline, and should not.
+        prepared = self._plans[index]._prepared
+        kind = array_type(BF16)
+        able = prepared.can_write(kind, y, layer.n, tokens)
+        product = prepared.product(tokens, kind if able else None, gpu.stream)
+        layout = prepared.layout(product, tokens)
+        buffer = gpu.allocate(layout.nbytes)
+        self._buffers.append(buffer)
+        base, scales = buffer.pointer, buffer.pointer + layout.scales
+        scratch = buffer.pointer + layout.scratch
+        prepared.quantizer(kind, gpu.stream)(
+            x, layer.k, base, scales, tokens, layout.padded_tokens, gpu.stream
+        )
+        if product.direct:
+            scaled = prepared.weight.operand.scaled
+            output = Output(y, BF16, layer.n, layer.n, scaled)
+            words = "bfloat16 results, both scale vectors fused" if scaled else "bfloat16 results"
+        else:
+            sums, width = buffer.pointer + layout.sums, prepared.padded_n
+            output = Output(sums, prepared.sums_type, layer.n, width, False)
+            words = f"{prepared.sums_type} sums"
+
+        def launch() -> None:
+            product.launch(base, scales, output.pointer, scratch, gpu.stream)
+
+        return Work(launch, output, words)
+
+    def op(self, index: int, tokens: int, x: int, y: int) -> Work:
+        """See :class:`Side`."""
+        gpu, layer, plan = self._gpu, self._layers[index], self._plans[index]
+        x_array = gpu.array(x, (tokens, layer.k), BF16)
+        y_array = gpu.array(y, (tokens, layer.n), BF16)
+        plan.prepare([tokens], x_dtype=BF16, stream=gpu.stream)
+
+        def launch() -> None:
+            plan.run(x_array, out=y_array, stream=gpu.stream)
+
+        return Work(launch, Output(y, BF16, layer.n, layer.n, True), "SparseGemmPlan.run")
+
+    def release(self) -> None:
+        """See :class:`Side`."""
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers.clear()
+
+    def close(self) -> None:
+        """See :class:`Side`."""
+        self.release()
+        for plan in self._plans:
+            plan.close()
+        self._plans.clear()
+
+
+def make_weights(gpu: Gpu, layers: Sequence[Layer], pattern: Pattern) -> list[Memory]:
+    """Random bf16 weights (N, K) on the GPU, pruned there by magnitude."""
+    from ..kernels.launch import weight_kernels
+
+    kernels = weight_kernels(gpu.device, BF16, pattern)
+    made: list[Memory] = []
+    try:
+        for layer in layers:
+            memory = gpu.random(layer.n * layer.k * 2, BF16)
+            made.append(memory)
+            at, pitch = memory.pointer, layer.k * 2
+            kernels.prune_magnitude(at, pitch, at, pitch, layer.n, layer.k, gpu.stream)
+        gpu.synchronize()
+    except BaseException:
+        for memory in made:
+            memory.close()
+        raise
+    return made
