@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from .arrays import Device, device_of, refuse_autograd
 from .backends import Problem
 from .backends.gpu_device import current_device, gpu_device, is_capturing, set_device
-from .backends.gpu_gemm import GpuPrepared
+from .backends.gpu_gemm import GpuPrepared, Step
 from .backends.workspace import Workspace
 from .device_arrays import (
     Adapter,
@@ -31,6 +32,8 @@ __all__ = ["GpuRunner"]
 
 #: Kinds of x and out that a plan remembers how to read.
 _ROUTES = 1024
+#: Steps that a route remembers; a thread has one or two.
+_STEPS = 64
 #: Tokens of one launch are a multiple of this where a run is split.
 _SPLIT = 256
 
@@ -49,6 +52,8 @@ class _Route(NamedTuple):
     last: int
     out_shape: tuple[int, ...]
     out_kind: ArrayType
+    #: What each thread launches: (thread, whether the library writes the result) -> step.
+    steps: dict[tuple[int, bool], Step]
 
 
 class _OutRoute(NamedTuple):
@@ -173,6 +178,7 @@ class GpuRunner:
             last - view.pointer,
             (*shape[:-1], self._problem.n),
             out_type or view.kind,
+            {},
         )
 
     def _written(
@@ -210,9 +216,20 @@ class GpuRunner:
 
     def _launch(self, route: _Route, x: int, out: int, out_stride: int, stream: int) -> None:
         prepared, workspace, most = self._prepared, self.workspace, self._most_tokens
-        rows, stride, kind, _, _, _, out_kind = route
+        rows, stride, kind, _, _, _, out_kind, steps = route
         # One thread at a time from here: what it launches must not be interleaved with another's.
         with workspace.lock:
+            if 0 < rows <= most:
+                direct = prepared.can_write(out_kind, out, out_stride, rows)
+                key = (get_ident(), direct)
+                step = steps.get(key)
+                if step is None:
+                    step = prepared.step(rows, kind, out_kind, direct, stream)
+                    if len(steps) >= _STEPS:
+                        steps.clear()  # of threads that ended, most likely
+                    steps[key] = step
+                step(x, stride, out, out_stride, workspace, stream)
+                return
             while rows > 0:
                 part = rows if rows < most else most
                 direct = prepared.can_write(out_kind, out, out_stride, part)
