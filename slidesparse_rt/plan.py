@@ -265,7 +265,7 @@ class SparseGemmPlan:
         pattern = self.pattern
         lines = [
             f"SparseGemmPlan {n} x {k}, pattern {pattern.name}, {self.dtype}, on {self._device}",
-            f"  backend: {self.backend} (asked for: {self._requested})",
+            f"  backend: {self.backend} (asked for: {self._requested}; {self._choice.why})",
             f"  K' = {pattern.slid_k(k)} after sliding, {float(pattern.expansion):.3f} x K; at "
             f"most {float(pattern.speed_bound):.3f} x dense speed on sparse tensor cores",
             f"  memory: {self.nbytes:,} bytes held",

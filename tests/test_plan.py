@@ -303,7 +303,7 @@ def test_explain_says_what_runs_and_why() -> None:
     with ss.SparseGemmPlan(fitted("6:8", 4, 16), "6:8", bias=tokens(4)) as made:
         text = made.explain()
         assert "4 x 16, pattern 6:8, int8, on cpu" in text
-        assert "backend: reference (asked for: auto)" in text
+        assert "backend: reference (asked for: auto; by rule: the first that can run)" in text
         assert "K' = 24" in text
         assert "1.500 x K" in text
         assert "1.333 x" in text
@@ -313,7 +313,7 @@ def test_explain_says_what_runs_and_why() -> None:
         assert "refused dense: " in text
         assert repr(made) == "SparseGemmPlan(4 x 16, 6:8, int8, cpu, reference)"
         named = ss.SparseGemmPlan(made.weight, backend="reference").explain()
-        assert "(asked for: reference)" in named
+        assert "(asked for: reference; it was asked for)" in named
         assert "refused" not in named
 
 
@@ -363,7 +363,9 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
         def close(self) -> None:
             calls.append("runner closed")
 
-    monkeypatch.setattr(plan, "choose", lambda *arguments: backends.Choice(Gpu(), {"x": "why"}))
+    monkeypatch.setattr(
+        plan, "choose", lambda *arguments: backends.Choice(Gpu(), {"x": "why"}, "so")
+    )
     monkeypatch.setattr(gpu_run, "GpuRunner", Runner)
     options = ss.PlanOptions(threads=1)
     with ss.SparseGemmPlan(fitted("6:8", 4, 16), "6:8", device="cuda:1", options=options) as made:

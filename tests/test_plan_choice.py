@@ -201,3 +201,28 @@ def test_the_list_of_backends() -> None:
     assert not backends.needs_gpu("reference")
     assert backends.needs_gpu("cusparselt")
     assert backends.needs_gpu("dense")
+
+
+def test_auto_orders_the_gpu_backends_by_pattern_and_architecture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule of docs/performance.md, on machines that this one is not."""
+    from slidesparse_rt.backends import Problem, _order
+    from slidesparse_rt.dtypes import operand
+
+    def order(pattern: str, capability: tuple[int, int]) -> list[str]:
+        gpu = DeviceInfo(0, "GPU", capability, 132, 1 << 37, "GPU-0")
+        monkeypatch.setattr(backends, "probe", lambda: DriverReport("13.0", (gpu,), None))
+        problem = Problem(64, 64, ss.Pattern.parse(pattern), operand("int8"))
+        names, why = _order(problem, Device("cuda"))
+        assert why.startswith("by rule")
+        assert ("Hopper" in why) == (names[0] == "dense")
+        return names
+
+    sparse_first = ["cusparselt", "dense", "reference"]
+    dense_first = ["dense", "cusparselt", "reference"]
+    assert order("2:4", (9, 0)) == sparse_first
+    for pattern in ("4:6", "6:8", "30:32", "dense"):
+        assert order(pattern, (9, 0)) == dense_first
+        for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+            assert order(pattern, capability) == sparse_first

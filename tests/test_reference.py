@@ -31,7 +31,6 @@ def launched(weight: Any, bias: Array | None, x: Array, out_type: str) -> Array:
     out = np.full((x.shape[0], weight.n), 99).astype(kind.dtype)
     problem = Problem(weight.n, weight.k, weight.pattern, weight.dtype)
     (config,) = backend.candidates(problem)
-    assert backend.workspace_bytes(problem, config) == 0
     backend.launch(prepared, x, out, kind, None, 0, config)
     return out
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..arrays import Device
 from ..errors import BackendUnavailable, OptionError
+from ..ffi.driver import probe
 from .base import Backend, Config, Problem, Support
 from .machine import gpu_refusal
 
@@ -24,22 +25,25 @@ class _Row:
     libraries: tuple[str, ...] = ()
 
 
-#: Every backend; "auto" takes the first that can run.
+#: Every backend; "auto" takes the first that can run, in the order of :func:`_order`.
 _ROWS = {
     "cusparselt": _Row("cusparselt", "CusparseltBackend", "cuda", ("cusparseLt", "nvrtc")),
     "dense": _Row("dense", "DenseBackend", "cuda", ("cublasLt", "nvrtc")),
     "reference": _Row("reference", "ReferenceBackend", "cpu"),
 }
+#: Major compute capability of the H100 and the H200.
+_HOPPER = 9
 #: What ``backend=`` takes.
 BACKENDS = ("auto", *_ROWS)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The outcome of :func:`choose`: a backend, and why each other one was refused."""
+    """The outcome of :func:`choose`: a backend, why it, and why each other one was refused."""
 
     backend: Backend
     refused: dict[str, str]
+    why: str
 
 
 def needs_gpu(name: str) -> bool:
@@ -55,7 +59,7 @@ def choose(name: str, problem: Problem, device: Device) -> Choice:
     Raises BackendUnavailable with every backend's reason if there is none, and OptionError for a
     name that does not exist.
     """
-    wanted = list(_ROWS) if name == "auto" else [name]
+    wanted, why = _order(problem, device) if name == "auto" else ([name], "it was asked for")
     refused: dict[str, str] = {}
     chosen: Backend | None = None
     for candidate in wanted:
@@ -70,7 +74,25 @@ def choose(name: str, problem: Problem, device: Device) -> Choice:
             f"no backend can run a {problem.pattern.name} {problem.dtype.name} weight on {device} "
             f"(backend={name!r}):\n{reasons}\n`slidesparse doctor` shows what is missing"
         )
-    return Choice(chosen, refused)
+    return Choice(chosen, refused, why)
+
+
+def _order(problem: Problem, device: Device) -> tuple[list[str], str]:
+    """The order in which "auto" tries the backends, and the reason.
+
+    A rule, not a measurement on this machine.  On a Hopper GPU the lifted cuSPARSELt pipeline was
+    slower than the dense one at nearly every number of tokens for patterns milder than 2:4
+    (benchmarks/results/gemm-h200.json); elsewhere sparse goes first.
+    """
+    if device.kind == "cuda" and problem.pattern.expansion > 1:
+        known = [row for row in probe().devices if row.index == device.index]
+        if known and known[0].compute_capability[0] == _HOPPER:
+            order = ["dense", *(row for row in _ROWS if row != "dense")]
+            return order, (
+                f"by rule: on a Hopper GPU dense goes before cusparselt for {problem.pattern.name} "
+                f"(docs/performance.md); backend='cusparselt' takes the other"
+            )
+    return list(_ROWS), "by rule: the first that can run"
 
 
 def _row(name: str) -> _Row:

@@ -102,10 +102,6 @@ class Backend(Protocol):
         """Configurations worth measuring for ``problem``, the default first."""
         ...
 
-    def workspace_bytes(self, problem: Problem, config: Config) -> int:
-        """Bytes of scratch memory that :meth:`launch` needs."""
-        ...
-
     def launch(
         self,
         prepared: Any,

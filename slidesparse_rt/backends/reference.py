@@ -78,11 +78,6 @@ class ReferenceBackend:
         del problem
         return (Config("exact"),)
 
-    def workspace_bytes(self, problem: Problem, config: Config) -> int:
-        """None: temporaries are NumPy's."""
-        del problem, config
-        return 0
-
     def launch(
         self,
         prepared: _Prepared,

@@ -155,36 +155,67 @@ def prune_scores(bits: Any, scores: Any, out: Any, mask: Any, group: Any, keep: 
                 out[r, base + at_second] = zero
 
 
+_1, _2 = np.uint64(1), np.uint64(2)
+
+
+@_jit
+def _slide_groups(source: Any, target: Any, t: Any, groups: Any, mask: Any, pairs: Any) -> Any:
+    """Slide whole groups of one row into ``target`` from slot ``t`` on; every slot is written.
+
+    Pair by pair: it fills up the window before its own and moves on with the rest.  There are no
+    branches on the data, and indices are unsigned, which spares Numba its test for negative ones.
+    Returns whether all groups fit.
+    """
+    zero = source.dtype.type(0)
+    p = np.uint64(0)
+    fits = True
+    for _ in range(groups):
+        room = 0
+        for pair in range(pairs):
+            a, b = source[p], source[p + _1]
+            p += _2
+            has_a, has_b = (a & mask) != 0, (b & mask) != 0
+            if pair == pairs - 1 and pairs > 1:  # no window of its own
+                target[t] = a if has_a else zero
+                target[t + _1] = b if has_b else zero
+                t += _2
+                fits &= has_a + has_b <= room
+                break
+            back_a = has_a and room > 0
+            back_b = has_b and room > has_a
+            if pair:
+                target[t] = a if back_a else zero
+                target[t + _1] = b if back_b else zero
+                t += _2
+            target[t] = a if has_a and not back_a else zero
+            target[t + _1] = b if has_b and not back_b else zero
+            t += _2
+            room = 2 - (has_a - back_a) - (has_b - back_b)
+        if pairs == 1:  # dense: its one window ends with two empty slots
+            target[t] = zero
+            target[t + _1] = zero
+            t += _2
+    return fits
+
+
 @_jit
 def slide(bits: Any, out: Any, mask: Any, group: Any, windows: Any) -> Any:
-    """Place each nonzero in the earliest window that covers it and has room (``out`` is zeros).
+    """Place each nonzero in the earliest window that covers it and has room; fills ``out``.
 
-    Returns the row of the first group that does not fit, or -1.
+    Returns the first row with a group that does not fit, or -1.
     """
     rows, columns = bits.shape
-    slots = 4 * windows
+    whole = columns // group
+    left = columns - whole * group
+    tail = np.zeros(group, bits.dtype)
     for r in range(rows):
-        target = 0
-        for base in range(0, columns, group):
-            size = min(group, columns - base)
-            window = 0
-            room = 2
-            for i in range(size):
-                value = bits[r, base + i]
-                if (value & mask) == 0:
-                    continue
-                pair = i >> 1
-                if window < pair - 1:
-                    window = pair - 1
-                    room = 2
-                if room == 0:
-                    window += 1
-                    room = 2
-                if window > pair or window >= windows:
-                    return r
-                room -= 1
-                out[r, target + 2 * window + i] = value
-            target += slots
+        fits = _slide_groups(bits[r], out[r], np.uint64(0), whole, mask, group // 2)
+        if left:
+            tail[:left] = bits[r, whole * group :]
+            at = np.uint64(whole * 4 * windows)
+            fits &= _slide_groups(tail, out[r], at, 1, mask, group // 2)
+        if not fits:
+            return r
     return -1
 
 

@@ -13,6 +13,7 @@ Source: docs/numerics.md, which has the error bounds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -129,14 +130,23 @@ def quantize_rows(
 
 def has_negative_zeros(values: NDArray) -> bool:
     """Whether a -0.0 is among the numbers."""
-    if values.dtype.kind == "i":
-        return False
-    bits = values.view(f"u{values.itemsize}")
-    return bool((bits == 1 << (8 * values.itemsize - 1)).any())
+    return any(bool(found.any()) for _, found in _negative_zeros(values))
 
 
 def positive_zeros(values: NDArray) -> None:
     """Turn every -0.0 into +0.0, in place."""
-    if values.dtype.kind != "i":
-        bits = values.view(f"u{values.itemsize}")
-        bits[bits == 1 << (8 * values.itemsize - 1)] = 0
+    for block, found in _negative_zeros(values):
+        block[found] = 0
+
+
+def _negative_zeros(values: NDArray) -> Iterator[tuple[NDArray, NDArray]]:
+    """Blocks of rows of the numbers' bits, and where they are -0.0; small, to need little memory
+    beside them.
+    """
+    if values.dtype.kind == "i":
+        return
+    bits = values.view(f"u{values.itemsize}")
+    step = max(1, (1 << 18) // max(1, values[:1].size))
+    for start in range(0, len(bits), step):
+        block = bits[start : start + step]
+        yield block, block == 1 << (8 * values.itemsize - 1)

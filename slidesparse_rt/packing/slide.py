@@ -123,7 +123,7 @@ def slide_rows(
 
     rule = bit_rule(values.dtype, what)
     rows, columns = values.shape
-    out = np.zeros((rows, pattern.slid_k(columns)), values.dtype)
+    out = np.empty((rows, pattern.slid_k(columns)), values.dtype)
     out_bits = rule.bits(out)
 
     def work(start: int, stop: int) -> int:
