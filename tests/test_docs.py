@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def test_commands_that_pages_name_exist(page: Path) -> None:
         command.name or command.callback.__name__
         for command in app.registered_commands
         if command.callback is not None
-    }
+    } | {group.name for group in app.registered_groups}
     blocks = [block["body"] for block in FENCE.finditer(page.read_text(encoding="utf-8"))]
     code = "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", prose(page))])
     assert set(re.findall(r"^make ([a-z][a-z-]*)", code, re.MULTILINE)) <= targets
@@ -168,6 +169,12 @@ def test_the_packing_results_are_quoted_as_measured() -> None:
     page = (ROOT / "docs" / "packing-speed.md").read_text(encoding="utf-8")
     assert benchmark.quote(page, result) == page
     assert f"{result['results'][0]['weights_per_second'] / 1e6:.0f}" in page
+
+
+def test_the_performance_page_quotes_the_result_files() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "performance_page.py"), "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_the_pattern_table_is_computed() -> None:

@@ -88,7 +88,7 @@ class Quantizer:
     blocks_per_sm:
         Blocks of the grid for each multiprocessor; ``None``: one for every row (or every few rows
         of a block that holds several), and as many as run at a time where single 16-bit elements
-        are loaded.  Measured on an H200 (docs/kernels.md): 0.91 to 0.94 of the copy rate, against
+        are loaded.  Tried on an H200: 0.91 to 0.94 of the copy rate, against
         0.84 to 0.88 for a grid that stays; with 2-byte loads 0.67 against 0.76.
 
     Raises

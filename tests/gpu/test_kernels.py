@@ -186,7 +186,8 @@ def test_more_than_2_to_the_31_elements(machine):
         assert torch.equal(q[start : start + 64], values[:, source])
         assert torch.equal(scales[start : start + 64], (peak / torch.full_like(peak, 127.0))[:, 0])
     # Nothing in between was left out.
-    assert int((q == 99).sum()) < 1e-3 * rows * slid
+    left = sum(int(torch.count_nonzero(part == 99)) for part in q.split(4096))
+    assert left < 1e-3 * rows * slid
 
 
 def test_dequantize_more_than_2_to_the_31_elements(machine):
