@@ -170,9 +170,9 @@ def checks() -> str:
     )
     return (
         f"Plans for the 112 linear layers of Qwen2.5-7B's shapes, 6:8, from pruned bfloat16 "
-        f"weights on the GPU:\n\n{packed}\n\nLargest error of a sum, relative to the sum of the products' "
-        f"magnitudes, float32 results against float64 on the same operands:\n\n{errors}\n\n"
-        f"{source(name)}"
+        f"weights on the GPU:\n\n{packed}\n\nLargest error of a sum, relative to the sum of the "
+        f"products' magnitudes, float32 results against float64 on the same operands:\n\n{errors}"
+        f"\n\n{source(name)}"
     )
 
 
