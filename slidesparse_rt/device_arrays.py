@@ -30,6 +30,7 @@ __all__ = [
     "on_device",
     "order_streams",
     "refuse_overlap",
+    "refuse_per_thread_stream",
     "same_device",
     "stream_pointer",
     "to_cupy",
@@ -37,13 +38,21 @@ __all__ = [
 ]
 
 
+#: cudaStreamPerThread
+_PER_THREAD = 2
+
+
 class DeviceArray(NamedTuple):
-    """An array in GPU memory, whoever owns it: address, extents and strides in elements."""
+    """An array in GPU memory, whoever owns it: address, extents and strides in elements.
+
+    ``owner`` is what must be kept until the work on it is done, where the caller does not.
+    """
 
     pointer: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     kind: ArrayType
+    owner: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +191,19 @@ def stream_pointer(stream: Any) -> int:
     )
 
 
+def refuse_per_thread_stream(stream: int) -> None:
+    """Raise OptionError for CUDA's per-thread default stream.
+
+    Its address is 2 in every thread, yet it is another stream in each, so that workspace could not
+    be kept apart by address.
+    """
+    if stream == _PER_THREAD:
+        raise OptionError(
+            "the stream is CUDA's per-thread default stream (address 2); make a stream of your own "
+            "current, or pass one as stream="
+        )
+
+
 def order_streams(first: int, then: int) -> None:
     """Make stream ``then`` wait for what stream ``first`` has under way; no host wait."""
     if first == then:
@@ -287,6 +309,10 @@ def _torch_adapter() -> Adapter:
         tensor.record_stream(torch.cuda.ExternalStream(stream, device=devices(device.index)))
 
     def signature(tensor: Any) -> Hashable:
+        if tensor.layout is not torch.strided:
+            raise ArrayError(
+                f"a torch tensor of layout {tensor.layout} is no plain dense one; call .to_dense()"
+            )
         return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_neg()
 
     return Adapter(
@@ -305,9 +331,11 @@ def _cupy_adapter() -> Adapter:
     import cupy
 
     def view(array: Any, what: str, stream: int) -> DeviceArray:
-        if not isinstance(array, cupy.ndarray):
-            array = _through_dlpack(array, what, stream)
-        return _cupy_view(array, what)
+        if isinstance(array, cupy.ndarray):
+            return _cupy_view(array, what)
+        # The exporter may reuse the memory as soon as this import of it is gone.
+        imported = _through_dlpack(array, what, stream)
+        return _cupy_view(imported, what)._replace(owner=imported)
 
     def empty(shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int) -> Any:
         del device  # the plan has made it current

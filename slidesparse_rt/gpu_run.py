@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Sequence
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -18,22 +19,24 @@ from .device_arrays import (
     byte_range,
     checked_out,
     collapse_rows,
+    cupy_stream,
     on_device,
     order_streams,
     refuse_overlap,
+    refuse_per_thread_stream,
     same_device,
     stream_pointer,
 )
 from .dtypes import ArrayType
-from .errors import ArrayError, CaptureError, ShapeError
+from .errors import ArrayError, CaptureError, DeviceMemoryError, ShapeError
 from .options import PlanOptions
 
 __all__ = ["GpuRunner"]
 
 #: Kinds of x and out that a plan remembers how to read.
-_ROUTES = 1024
+_ROUTES = 128
 #: Steps that a route remembers; a thread has one or two.
-_STEPS = 64
+_STEPS = 8
 #: Tokens of one launch are a multiple of this where a run is split.
 _SPLIT = 256
 
@@ -89,6 +92,8 @@ class GpuRunner:
         # Threads may fill these at once: both would write the same.
         self._routes: dict[Hashable, _Route] = {}
         self._out_routes: dict[Hashable, _OutRoute] = {}
+        self._parked: deque[tuple[Any, object]] = deque()
+        self._captured: list[object] = []
         self.workspace = Workspace(gpu_device(device.index))
         self._most_tokens = _most_tokens(prepared, options.workspace_limit)
 
@@ -111,18 +116,23 @@ class GpuRunner:
         try:
             current = adapter.current_stream(self._device)
             pointer = current if stream is None else stream_pointer(stream)
+            if pointer == 2 or current == 2:  # the common case costs no call
+                refuse_per_thread_stream(2)
             if pointer != current:
                 order_streams(current, pointer)
+            owner: object = None
             if route is None or adapter.pointer is None:
                 view = adapter.view(x, "x", pointer)
                 route = self._route(view, out_type)
                 _remember(self._routes, key, route)
-                address = view.pointer
+                address, owner = view.pointer, view.owner
             else:
                 address = adapter.pointer(x)
+            if address == 0 and route.rows:
+                raise ArrayError("x has no memory (a fake or wrapper tensor?); pass a plain array")
             result = out
             if out is None:
-                result = adapter.empty(route.out_shape, route.out_kind, self._device, pointer)
+                result = self._new(adapter, route, pointer)
                 if adapter.pointer is not None:
                     target = adapter.pointer(result)
                 else:
@@ -131,6 +141,8 @@ class GpuRunner:
             else:
                 target, out_stride = self._written(out, key, route, address, pointer)
             self._launch(route, address, target, out_stride, pointer)
+            if owner is not None:
+                self._park(owner, pointer)
             if pointer != current:
                 adapter.share(x, pointer, self._device)
                 adapter_of(result).share(result, pointer, self._device)
@@ -145,7 +157,11 @@ class GpuRunner:
         """See :meth:`slidesparse_rt.SparseGemmPlan.prepare`."""
         prepared, most, n = self._prepared, self._most_tokens, self._problem.n
         pointer = 0 if stream is None else stream_pointer(stream)
+        refuse_per_thread_stream(pointer)
         with on_device(self._index), self.workspace.lock:
+            self.workspace.check_open()
+            prepared.pinned.update(min(count, most) for count in tokens)
+            prepared.pinned.update(count % most for count in tokens)
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
             for count in tokens:
@@ -160,6 +176,38 @@ class GpuRunner:
         """Give the workspace back."""
         with on_device(self._index):
             self.workspace.close()
+        self._routes.clear()
+        self._out_routes.clear()
+        self._parked.clear()
+        self._captured.clear()
+
+    def _new(self, adapter: Adapter, route: _Route, stream: int) -> Any:
+        """A new result from x's library; DeviceMemoryError where it has no memory for it."""
+        try:
+            return adapter.empty(route.out_shape, route.out_kind, self._device, stream)
+        except Exception as error:
+            # Each library has a class of its own for this.
+            known = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+            if not known:
+                raise
+            raise DeviceMemoryError(
+                f"there is no memory on {self._device} for a result of shape {route.out_shape} and "
+                f"type {route.out_kind.name}: {error}; free memory, or pass out="
+            ) from error
+
+    def _park(self, owner: object, stream: int) -> None:
+        """Keep ``owner`` until the work under way on ``stream`` is done."""
+        import cupy
+
+        with self.workspace.lock:
+            if is_capturing(stream):
+                self._captured.append(owner)  # a graph reads it whenever it runs
+                return
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(cupy_stream(stream))
+            self._parked.append((event, owner))
+            while self._parked and self._parked[0][0].done:
+                self._parked.popleft()
 
     def _route(self, view: DeviceArray, out_type: ArrayType | None) -> _Route:
         shape = view.shape
@@ -185,6 +233,10 @@ class GpuRunner:
         self, out: Any, key: Hashable, route: _Route, x: int, stream: int
     ) -> tuple[int, int]:
         """Address and row stride of the caller's ``out``, once it is found fit to be written."""
+        if getattr(out, "requires_grad", False):
+            raise ArrayError(
+                "out requires a gradient, and this product has none; pass out.detach()"
+            )
         adapter = adapter_of(out)
         known = None
         if adapter.signature is not None and key is not None:
@@ -219,6 +271,7 @@ class GpuRunner:
         rows, stride, kind, _, _, _, out_kind, steps = route
         # One thread at a time from here: what it launches must not be interleaved with another's.
         with workspace.lock:
+            workspace.check_open()
             if 0 < rows <= most:
                 direct = prepared.can_write(out_kind, out, out_stride, rows)
                 key = (get_ident(), direct)

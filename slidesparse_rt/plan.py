@@ -195,7 +195,8 @@ class SparseGemmPlan:
             one of x's kind, from its own library.
         stream:
             CUDA stream for a plan on a GPU: an address, or an object with ``__cuda_stream__``;
-            ``None`` takes the current stream of x's library.  Must be ``None`` on the CPU.
+            ``None`` takes the current stream of x's library.  It waits for that one; what reads the
+            result on another stream must wait for it.  Must be ``None`` on the CPU.
 
         Returns
         -------
@@ -368,7 +369,7 @@ def sparse_matmul(
         bias=bias,
         out_dtype=out_dtype,
         backend=backend,
-        device=None if needs_gpu(backend) else device_of(x, "x"),
+        device=None if needs_gpu(backend) and device_of(x, "x") == CPU else device_of(x, "x"),
         options=options,
     ) as plan:
         return plan.run(x, out=out, stream=stream)

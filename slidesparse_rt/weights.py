@@ -136,4 +136,6 @@ def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device
             with gpu.upload(wide, stream) as held:
                 kernels.prune_wanda(*source, held.pointer, rows, columns, stream)
                 gpu.synchronize(stream)
+        if view.owner is not None:
+            gpu.synchronize(stream)  # its exporter may reuse the memory from here on
         return adapter.finish(out, stream)

@@ -66,8 +66,9 @@ def choose(name: str, problem: Problem, device: Device) -> Choice:
         backend, why_not = _able(_row(candidate), problem, device)
         if backend is None:
             refused[candidate] = why_not
-        elif chosen is None:
+        else:
             chosen = backend
+            break
     if chosen is None:
         reasons = "\n".join(f"  {key}: {why}" for key, why in refused.items())
         raise BackendUnavailable(

@@ -33,6 +33,7 @@ from ..ffi.cublaslt import (
     Operation,
     Preference,
     PreferenceAttribute,
+    ReductionScheme,
     ScaleMode,
     check,
     heuristic,
@@ -237,6 +238,8 @@ class DensePrepared(GpuPrepared):
     ) -> list[Candidate]:
         preference = Preference(handle.library)
         preference.set(PreferenceAttribute.MAX_WORKSPACE_BYTES, _SCRATCH_BYTES)
+        # Partial sums of a split K are never rounded to the type of the result.
+        preference.set(PreferenceAttribute.REDUCTION_SCHEME_MASK, ReductionScheme.COMPUTE_TYPE)
         preference.set(PreferenceAttribute.MIN_ALIGNMENT_D_BYTES, _MULTIPLE_BYTES)
         preference.set(PreferenceAttribute.MIN_ALIGNMENT_C_BYTES, _MULTIPLE_BYTES)
         return heuristic(handle, descriptor, layouts, preference, count=_CANDIDATES)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ from ..kernels.compiler import default_directory
 __all__ = ["fp16_problem"]
 
 _TIMEOUT_S = 120
+#: Exit status of the child for a product that is wrong.
+_WRONG = 3
 #: (N, K, M) that are tried; square ones from 128 on were seen to fail.
 _SHAPES = ((64, 128, 16), (128, 128, 128), (256, 512, 64), (1024, 1024, 1024))
 
@@ -45,11 +48,14 @@ def fp16_problem(device: int, identity: tuple[str, ...]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"its test could not be run: {error}"
-    answer = ""
-    if child.returncode != 0:
-        lines = (child.stderr or child.stdout).strip().splitlines() or [f"exit {child.returncode}"]
-        answer = lines[-1][:300]
-    _keep(identity, answer)
+    if child.returncode == 0:
+        _keep(identity, "")
+        return ""
+    lines = (child.stderr or child.stdout).strip().splitlines() or [f"exit {child.returncode}"]
+    answer = lines[-1][:300]
+    # A GPU that was full, or a package that was not found, says nothing about the products.
+    if child.returncode == _WRONG or "illegal" in answer.lower():
+        _keep(identity, answer)
     return answer
 
 
@@ -79,7 +85,7 @@ def _keep(identity: tuple[str, ...], answer: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{id(path):x}.part")
+        aside = path.with_suffix(f".{secrets.token_hex(6)}.part")
         aside.write_text(json.dumps({"identity": list(identity), "answer": answer}))
         aside.replace(path)
     except OSError:
@@ -121,7 +127,8 @@ def _child(device: int) -> None:
             wanted = x.astype(np.float64) @ weight.astype(np.float64).T
             error = np.abs(y - wanted).max() / np.abs(wanted).max()
             if not error < 2.0**-9:
-                raise SystemExit(f"{m} x {n} x {k} is wrong by {error:.3g} of the largest result")
+                print(f"{m} x {n} x {k} is wrong by {error:.3g} of the largest result")
+                raise SystemExit(_WRONG)
             prepared.close()
 
 

@@ -174,9 +174,17 @@ class GpuDevice:
         self._cupy.cuda.runtime.streamSynchronize(stream)
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def gpu_device(index: int) -> GpuDevice:
     """The device ``index``, the same object for every caller in the process."""
+    with _LOCK:
+        return _shared(index)
+
+
+@functools.cache
+def _shared(index: int) -> GpuDevice:
     return GpuDevice(index)
 
 

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..arrays import Device, NDArray
 from ..device_arrays import DeviceArray, on_device
@@ -43,8 +43,8 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def token_bucket(tokens: int) -> int:
-    """The next power of two, from 16 on: M for which algorithms are chosen."""
-    return max(16, 1 << (tokens - 1).bit_length())
+    """The next power of two from 16 to 16384: M for which algorithms are chosen."""
+    return min(1 << 14, max(16, 1 << (tokens - 1).bit_length()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,8 @@ class GpuPrepared(ABC):
         self.options = options
         #: How activations are repeated: the weight's pattern, or 2:4, which repeats nothing.
         self.lift = lift
+        #: Numbers of tokens that the user prepared for: what is made for them stays.
+        self.pinned: set[int] = set()
         self._threads = threading.local()
         self._quantizers: dict[str, Quantizer] = {}
         self._dequantizers: dict[str, Dequantizer] = {}
@@ -149,8 +151,7 @@ class GpuPrepared(ABC):
         found = cache.get(key)
         if found is None:
             found = cache[key] = Step(self, tokens, x_kind, out_kind, direct, stream)
-            if len(cache) > _KEPT:
-                cache.popitem(last=False)
+            self._evict(cache)
         else:
             cache.move_to_end(key)
         return found
@@ -187,9 +188,15 @@ class GpuPrepared(ABC):
             )
         made = self.make_product(tokens, direct, stream)
         cache[key] = made
-        if len(cache) > _KEPT:
-            cache.popitem(last=False)
+        self._evict(cache)
         return made
+
+    def _evict(self, cache: OrderedDict[Any, Any]) -> None:
+        """Forget the entry that was not used for longest, but none that was prepared for."""
+        if len(cache) > _KEPT:
+            oldest = next((key for key in cache if key[0] not in self.pinned), None)
+            if oldest is not None:
+                del cache[oldest]
 
     def quantizer(self, kind: ArrayType, stream: int) -> Quantizer:
         """The compiled quantize-and-lift for activations of ``kind``."""

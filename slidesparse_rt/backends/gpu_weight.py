@@ -101,8 +101,18 @@ class GpuWeight:
             findings.pointer,
             stream,
         )
-        self.device.synchronize(stream)
+        words = np.empty(findings.nbytes, np.uint8)
+        self.device.download(findings.pointer, words, stream)
         findings.close()
+        found = Findings.decode(words.tobytes(), self.k, self.pattern)
+        report = PatternReport(
+            groups=self.n * self.pattern.groups(self.k),
+            violations=found.violations,
+            nonzeros=0,
+            size=self.n * self.k,
+            first=found.first,
+        )
+        refuse_misfit(report, self.pattern, self.k, "weight")
         return out
 
     def padded(self, rows: int, pitch: int, stream: int) -> Buffer:

@@ -43,6 +43,11 @@ class Workspace:
         held = [*self._blocks.values(), *self._retired]
         return sum(block.nbytes for block in held)
 
+    def check_open(self) -> None:
+        """Raise PlanClosed after :meth:`close`; hold :attr:`lock`."""
+        if self._closed:
+            raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+
     def address(self, nbytes: int, stream: int, tokens: int) -> int:
         """Address of at least ``nbytes`` for launches on ``stream``, 256-byte aligned.
 

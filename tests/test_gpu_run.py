@@ -1,0 +1,198 @@
+"""What a plan on a GPU does around its launches, on stand-ins: no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import slidesparse_rt as ss
+from slidesparse_rt import device_arrays, gpu_run
+from slidesparse_rt.arrays import Device
+from slidesparse_rt.backends import Problem, gpu_gemm
+from slidesparse_rt.backends.workspace import Workspace
+from slidesparse_rt.device_arrays import refuse_per_thread_stream, stream_pointer
+from slidesparse_rt.dtypes import operand
+
+K, N = 16, 8
+
+
+class Prepared:
+    """Counts what would be launched."""
+
+    weight = SimpleNamespace(operand=operand("int8"))
+    row_length, padded_n = 32, 32
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, ...]] = []
+        self.pinned: set[int] = set()
+
+    def can_write(self, *arguments: Any) -> bool:
+        return False
+
+    def step(self, rows: int, *arguments: Any) -> Any:
+        def launch(x: int, stride: int, out: int, out_stride: int, *rest: Any) -> None:
+            self.launches.append((rows, stride, out_stride))
+
+        return launch
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
+    """A runner that takes torch's CPU tensors for tensors on cuda:0."""
+    adapter = dataclasses.replace(
+        device_arrays._torch_adapter(),
+        empty=lambda shape, kind, device, stream: torch.empty(shape, dtype=torch.float32),
+        current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(gpu_run, "adapter_of", lambda array: adapter)
+    monkeypatch.setattr(gpu_run, "device_of", lambda array, what: Device("cuda"))
+    monkeypatch.setattr(gpu_run, "gpu_device", lambda index: None)
+    monkeypatch.setattr(gpu_run, "current_device", lambda: 0)
+    problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
+    return gpu_run.GpuRunner(Prepared(), problem, Device("cuda"), ss.PlanOptions())
+
+
+def run(runner: gpu_run.GpuRunner, x: Any, out: Any = None, stream: Any = None) -> Any:
+    return runner.run(x, None, out, stream)
+
+
+def test_runs_read_shapes_and_strides(runner: gpu_run.GpuRunner) -> None:
+    wide = torch.zeros(6, 2 * K)
+    assert run(runner, wide[:, :K]).shape == (6, N)
+    assert run(runner, torch.zeros(2, 3, K)).shape == (2, 3, N)
+    assert run(runner, torch.zeros(0, K)).shape == (0, N)
+    out = torch.zeros(6, 20)
+    view = out[:, :N]
+    for _ in range(2):  # the second time from what was remembered
+        assert run(runner, wide[:, :K], view) is view
+    assert runner._prepared.launches == [(6, 32, 8), (6, 16, 8), (6, 32, 20), (6, 32, 20)]
+
+
+def test_long_runs_are_split(runner: gpu_run.GpuRunner) -> None:
+    runner._most_tokens = 256
+    run(runner, torch.zeros(600, K))
+    assert [rows for rows, *_ in runner._prepared.launches] == [256, 256, 88]
+
+
+def test_bad_arrays(runner: gpu_run.GpuRunner) -> None:
+    x = torch.zeros(4, K)
+    with pytest.raises(ss.ShapeError, match=r"\(\.\.\., 16\)"):
+        run(runner, torch.zeros(4, K + 1))
+    with pytest.raises(ss.ArrayError, match="contiguous"):
+        run(runner, torch.zeros(K, 4).T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls the layout a beta feature
+        sparse = torch.eye(K).to_sparse_csr()
+    with pytest.raises(ss.ArrayError, match="layout"):
+        run(runner, sparse)
+    with pytest.raises(ss.ArrayError, match="gradient"):
+        run(runner, x, torch.zeros(4, N, requires_grad=True))
+    with pytest.raises(ss.ArrayError, match="address range"):
+        run(runner, x, x[:, :N])
+    buffer = torch.zeros(4 * K + 4 * N)
+    below, above = buffer[: 4 * K].view(4, K), buffer[4 * K :].view(4, N)
+    assert run(runner, below, above) is above
+
+
+def test_the_per_thread_default_stream_is_refused(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its address is the same in every thread, and workspace is kept apart by address."""
+    with pytest.raises(ss.OptionError, match="per-thread default stream"):
+        run(runner, torch.zeros(4, K), stream=2)
+    with pytest.raises(ss.OptionError, match="per-thread default stream"):
+        refuse_per_thread_stream(2)
+    refuse_per_thread_stream(0)
+    for bad in ("main", -1, True, None):
+        with pytest.raises(ss.OptionError, match="stream is"):
+            stream_pointer(bad)
+    assert stream_pointer(SimpleNamespace(cuda_stream=7)) == 7
+    assert stream_pointer(SimpleNamespace(__cuda_stream__=lambda: (0, 9))) == 9
+
+
+def test_no_memory_for_the_result_has_a_name(runner: gpu_run.GpuRunner) -> None:
+    def refuses(*arguments: Any) -> Any:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def breaks(*arguments: Any) -> Any:
+        raise RuntimeError("something else")
+
+    x = torch.zeros(4, K)
+    run(runner, x)
+    whole = gpu_run.adapter_of(x)
+    route = runner._routes[(whole.signature(x), None)]  # type: ignore[misc]
+    with pytest.raises(ss.DeviceMemoryError, match="no memory on cuda:0 for a result"):
+        runner._new(dataclasses.replace(whole, empty=refuses), route, 0)
+    with pytest.raises(RuntimeError, match="something else"):
+        runner._new(dataclasses.replace(whole, empty=breaks), route, 0)
+
+
+def test_a_closed_plan_launches_nothing(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for a run that got past the plan's own check before it was closed."""
+    runner.workspace.close()
+    with pytest.raises(ss.PlanClosed):
+        run(runner, torch.zeros(4, K))
+    assert runner._prepared.launches == []
+
+
+def test_prepared_numbers_of_tokens_are_not_forgotten() -> None:
+    keeper = SimpleNamespace(pinned={1, 2})
+    cache = OrderedDict(((tokens, "x"), None) for tokens in range(1, gpu_gemm._KEPT + 4))
+    for _ in range(3):
+        gpu_gemm.GpuPrepared._evict(keeper, cache)  # type: ignore[arg-type]
+    assert len(cache) == gpu_gemm._KEPT
+    assert list(cache)[:3] == [(1, "x"), (2, "x"), (6, "x")]
+    only = OrderedDict(((tokens, "x"), None) for tokens in range(200))
+    gpu_gemm.GpuPrepared._evict(SimpleNamespace(pinned=set(range(200))), only)  # type: ignore[arg-type]
+    assert len(only) == 200
+
+
+def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grows, is kept for graphs, and refuses to grow while one is captured."""
+    from slidesparse_rt.backends import workspace as module
+
+    capturing: set[int] = set()
+    monkeypatch.setattr(module, "is_capturing", lambda stream: stream in capturing)
+
+    class Block:
+        made = 0
+
+        def __init__(self, nbytes: int) -> None:
+            Block.made += 1
+            self.nbytes, self.pointer, self.open = nbytes, Block.made << 12, True
+
+        def close(self) -> None:
+            self.open = False
+
+    device: Any = SimpleNamespace(allocate=Block)
+    held = Workspace(device)
+    first = held.address(100, 5, 1)
+    assert held.address(50, 5, 1) == first
+    assert held.address(50, 6, 1) != first
+    assert held.address(200, 5, 2) != first
+    assert held.nbytes == 250
+    capturing.add(5)
+    captured = held.address(200, 5, 2)
+    with pytest.raises(ss.CaptureError, match=r"prepare\(tokens=\[9\]"):
+        held.address(300, 5, 9)
+    capturing.clear()
+    assert held.address(300, 5, 9) != captured
+    assert held.nbytes == 200 + 300 + 50  # the graph's block is still there
+    held.close()
+    held.close()
+    assert held.nbytes == 0
+    with pytest.raises(ss.PlanClosed):
+        held.address(1, 7, 1)
+
+
+def test_buckets() -> None:
+    found = [gpu_gemm.token_bucket(tokens) for tokens in (1, 16, 17, 1000, 16384, 16385, 10**9)]
+    assert found == [16, 16, 32, 1024, 16384, 16384, 16384]
