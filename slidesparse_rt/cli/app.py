@@ -100,7 +100,9 @@ def demo(
     output: Annotated[
         Path | None,
         typer.Option(
-            dir_okay=False, help="Also write the report to this file, as JSON; replaces it."
+            dir_okay=False,
+            help="Also write the report to this file, as JSON, with versions, commit and command; "
+            "replaces it.",
         ),
     ] = None,
     as_json: _JSON = False,
@@ -123,7 +125,12 @@ def demo(
             device=device,
         )
     if output is not None:
-        write_text(output, to_json_text(report.to_json()))
+        import sys
+
+        from ..bench.record import command_line, environment
+
+        surroundings = environment(None) | {"command": command_line(sys.argv)}
+        write_text(output, to_json_text(surroundings | report.to_json()))
     _show(report, as_json, markup=True)
 
 
