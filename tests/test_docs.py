@@ -177,6 +177,17 @@ def test_the_performance_page_quotes_the_result_files() -> None:
     assert found.returncode == 0, found.stderr
 
 
+def test_the_demo_page_quotes_its_result_file() -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / "demo-cpu.json").read_text())
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert document["command"] in page
+    for row in document["rows"]:
+        accuracy = row["accuracy"]
+        keys = ("output_error", "cosine_mean", "cosine_min", "rank_correlation")
+        numbers = r"\s+".join(re.escape(f"{accuracy[key]:.4f}") for key in keys)
+        assert re.search(rf"{row['dtype']} .*{numbers}", page), row
+
+
 def test_the_pattern_table_is_computed() -> None:
     page = (ROOT / "docs" / "patterns.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `.*$", page, re.MULTILINE)
