@@ -196,3 +196,12 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_buckets() -> None:
     found = [gpu_gemm.token_bucket(tokens) for tokens in (1, 16, 17, 1000, 16384, 16385, 10**9)]
     assert found == [16, 16, 32, 1024, 16384, 16384, 16384]
+
+
+def test_formats_that_a_gpu_lacks() -> None:
+    problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("fp8_e4m3"))
+    gpu: Any = SimpleNamespace(capability=(8, 0), name="A100")
+    say = gpu_gemm.refused_format
+    assert say("L", None, problem, gpu) == "L has no fp8_e4m3 product"
+    assert say("L", (8, 9), problem, gpu) == "fp8_e4m3 needs compute capability 8.9, A100 has 8.0"
+    assert say("L", (8, 0), problem, gpu) == ""

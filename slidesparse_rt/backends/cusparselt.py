@@ -37,7 +37,7 @@ from ..options import PlanOptions
 from .base import Problem, Support
 from .fp16_probe import fp16_problem
 from .gpu_device import Buffer, GpuDevice
-from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
 from .gpu_weight import GpuWeight
 
 __all__ = ["CusparseltBackend"]
@@ -240,15 +240,11 @@ class CusparseltBackend(GpuBackend):
     def supports_on(self, problem: Problem, device: GpuDevice) -> Support:
         """Whether the library multiplies this format on this GPU."""
         row = _FORMATS.get(problem.dtype.name)
-        if row is None:
-            return Support(False, f"cuSPARSELt has no {problem.dtype.name} product")
-        if device.capability < row.capability:
-            return Support(
-                False,
-                f"{problem.dtype.name} needs compute capability {row.capability[0]}."
-                f"{row.capability[1]}, {device.name} has {device.capability[0]}."
-                f"{device.capability[1]}",
-            )
+        refusal = refused_format(
+            "cuSPARSELt", None if row is None else row.capability, problem, device
+        )
+        if refusal:
+            return Support(False, refusal)
         version = cusparselt_library().version
         if problem.dtype.name == "fp8_e4m3" and device.capability == (8, 9) and version < (0, 8):
             return Support(False, "fp8 on compute capability 8.9 needs cuSPARSELt 0.8 or newer")

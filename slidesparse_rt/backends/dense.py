@@ -45,7 +45,7 @@ from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
 from .gpu_device import Buffer, GpuDevice
-from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
 from .gpu_weight import GpuWeight
 from .timing import fastest
 
@@ -289,15 +289,11 @@ class DenseBackend(GpuBackend):
     def supports_on(self, problem: Problem, device: GpuDevice) -> Support:
         """Whether the library multiplies this format on this GPU."""
         row = _FORMATS.get(problem.dtype.name)
-        if row is None:
-            return Support(False, f"cuBLASLt has no {problem.dtype.name} product here")
-        if device.capability < row.capability:
-            return Support(
-                False,
-                f"{problem.dtype.name} needs compute capability {row.capability[0]}."
-                f"{row.capability[1]}, {device.name} has {device.capability[0]}."
-                f"{device.capability[1]}",
-            )
+        refusal = refused_format(
+            "cuBLASLt", None if row is None else row.capability, problem, device
+        )
+        if refusal:
+            return Support(False, refusal)
         return Support(True)
 
     def pack(self, weight: GpuWeight, options: PlanOptions, stream: int) -> DensePrepared:

@@ -30,7 +30,15 @@ from .gpu_device import GpuDevice, gpu_device, is_capturing
 from .gpu_weight import GpuWeight
 from .workspace import Workspace
 
-__all__ = ["GpuBackend", "GpuPrepared", "Layout", "Product", "round_up", "token_bucket"]
+__all__ = [
+    "GpuBackend",
+    "GpuPrepared",
+    "Layout",
+    "Product",
+    "refused_format",
+    "round_up",
+    "token_bucket",
+]
 
 #: Products and steps that one thread keeps ready for one plan; each is a few kilobytes.
 _KEPT = 128
@@ -290,6 +298,21 @@ class Step:
             tokens,
             stream,
         )
+
+
+def refused_format(
+    library: str, capability: tuple[int, int] | None, problem: Problem, device: GpuDevice
+) -> str:
+    """Why ``library`` cannot multiply a format that needs ``capability``; "" if it can.
+
+    ``capability`` is the lowest compute capability, ``None`` for a format that it does not have.
+    """
+    if capability is None:
+        return f"{library} has no {problem.dtype.name} product"
+    if device.capability < capability:
+        needed, found = (".".join(map(str, pair)) for pair in (capability, device.capability))
+        return f"{problem.dtype.name} needs compute capability {needed}, {device.name} has {found}"
+    return ""
 
 
 class GpuBackend(ABC):
