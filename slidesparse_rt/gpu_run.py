@@ -308,4 +308,5 @@ def _most_tokens(prepared: GpuPrepared, limit: int) -> int:
     """Tokens whose workspace stays within ``limit`` bytes, by the layout without scratch."""
     operand = prepared.weight.operand
     a_token = prepared.row_length * operand.bits // 8 + 4 + prepared.padded_n * 4
-    return max(_SPLIT, limit // a_token // _SPLIT * _SPLIT)
+    # Kernels count tokens in 32 bits.
+    return min(2**31 - 2 * _SPLIT, max(_SPLIT, limit // a_token // _SPLIT * _SPLIT))

@@ -21,8 +21,9 @@ class PlanOptions:
     threads:
         CPU threads for packing; ``None`` takes every core that this process may use.
     workspace_limit:
-        Bytes of GPU workspace for one launch, at least 1 MiB.  A product that would need more is
-        done in several launches over tokens.
+        Bytes of GPU workspace that quantized tokens and sums of one launch may take, at least 1
+        MiB.  A product that would need more is done in several launches over tokens, each of 256
+        tokens at least.  What a library needs besides (some megabytes) is not counted.
     """
 
     threads: int | None = None

@@ -243,7 +243,9 @@ class SparseGemmPlan:
         x_dtype:
             Type of the activations to come.
         stream:
-            As in :meth:`run`; ``None`` is the legacy default stream.
+            As in :meth:`run`, and the one that will be captured; ``None`` is the legacy default
+            stream, which cannot be.  Graphs that were captured on one stream share its workspace:
+            replay them one after the other.
 
         Raises
         ------
@@ -280,7 +282,7 @@ class SparseGemmPlan:
         """Give back what the plan holds; closing twice is allowed.
 
         On a GPU, runs that were launched are finished first; CUDA graphs that captured this plan
-        must not run again.
+        must not run again, also once the plan is collected.
         """
         if self._closed:
             return

@@ -17,7 +17,7 @@ from functools import partial
 
 from ..device_arrays import on_device
 from ..dtypes import ArrayType
-from ..errors import LibraryError
+from ..errors import DeviceMemoryError, LibraryError
 from ..ffi.checked import DataType, HostScalar
 from ..ffi.cusparselt import (
     AlgAttribute,
@@ -43,6 +43,10 @@ from .gpu_weight import GpuWeight
 __all__ = ["CusparseltBackend"]
 
 
+#: Workspace for a search, which also tries algorithms that need more than the default one.
+_SEARCH_SCRATCH = 64 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class _Format:
     """How the library multiplies one operand format."""
@@ -51,7 +55,7 @@ class _Format:
     sums: DataType
     sums_type: str
     compute: Compute
-    #: Lowest compute capability, and the first library version that has it there.
+    #: Lowest compute capability.
     capability: tuple[int, int]
 
 
@@ -132,6 +136,8 @@ class CusparseltPrepared(GpuPrepared):
         choice = self._choice(handle, token_bucket(tokens), stream)
         try:
             plan = self._plan(handle, padded, choice)
+        except DeviceMemoryError:
+            raise
         except LibraryError:
             # What was chosen for the bucket need not exist for every M in it.
             plan = self._plan(handle, padded, None)
@@ -212,7 +218,7 @@ class CusparseltPrepared(GpuPrepared):
         with (
             self.device.filled(padded * self.row_length * size, self.weight.operand, stream) as x,
             self.device.allocate(padded * self.padded_n * width) as sums,
-            self.device.allocate(plan.workspace_bytes()) as scratch,
+            self.device.allocate(max(plan.workspace_bytes(), _SEARCH_SCRATCH)) as scratch,
         ):
             plan.search(
                 one.address,

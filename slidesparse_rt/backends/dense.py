@@ -18,7 +18,7 @@ import numpy as np
 
 from ..device_arrays import on_device
 from ..dtypes import ArrayType
-from ..errors import BackendUnavailable, LibraryError
+from ..errors import BackendUnavailable, DeviceMemoryError, LibraryError
 from ..ffi.checked import DataType, HostScalar
 from ..ffi.cublaslt import (
     Candidate,
@@ -200,6 +200,8 @@ class DensePrepared(GpuPrepared):
                 return Matmul(
                     handle, descriptor, layouts, check(handle, descriptor, layouts, stored)
                 )
+            except DeviceMemoryError:
+                raise
             except LibraryError:
                 # What was chosen for the bucket need not run for every M in it.
                 found = self._candidates(handle, descriptor, layouts)

@@ -16,7 +16,7 @@ __all__ = ["Workspace"]
 
 
 class Workspace:
-    """Scratch memory on one device; share one among plans that run one after the other.
+    """Scratch memory of one plan on one device.
 
     Parameters
     ----------
