@@ -119,6 +119,12 @@ class GpuRunner:
             if pointer == 2 or current == 2:  # the common case costs no call
                 refuse_per_thread_stream(2)
             if pointer != current:
+                if is_capturing(pointer) != is_capturing(current):
+                    raise CaptureError(
+                        "of stream= and the current stream of x's library one is being captured "
+                        "and the other is not, so one cannot wait for the other; make the stream "
+                        "that is captured current and omit stream="
+                    )
                 order_streams(current, pointer)
             owner: object = None
             if route is None or adapter.pointer is None:

@@ -48,11 +48,12 @@ def check_pattern(weight: Any, pattern: str | Pattern, *, threads: int | None = 
         packing.check_pattern(weight, parsed, threads=threads)
         return
     from .backends.gpu_device import gpu_device
-    from .backends.gpu_weight import check_on_device, view_weight
+    from .backends.gpu_weight import check_on_device, refuse_capture, view_weight
     from .device_arrays import adapter_of, on_device
 
     with on_device(device.index):
         stream = adapter_of(weight).current_stream(device)
+        refuse_capture(stream)
         view = view_weight(weight, stream)
         check_on_device(view, parsed, gpu_device(device.index), stream)
 
@@ -112,13 +113,14 @@ def prune(
 
 def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device: Device) -> Any:
     from .backends.gpu_device import gpu_device
-    from .backends.gpu_weight import refuse_nonfinite_on_device, view_weight
+    from .backends.gpu_weight import refuse_capture, refuse_nonfinite_on_device, view_weight
     from .device_arrays import adapter_of, on_device
     from .kernels.launch import weight_kernels
 
     gpu, adapter = gpu_device(device.index), adapter_of(weight)
     with on_device(device.index):
         stream = adapter.current_stream(device)
+        refuse_capture(stream)
         view = view_weight(weight, stream)
         rows, columns = view.shape
         refuse_nonfinite_on_device(view, pattern, gpu, stream)

@@ -116,6 +116,18 @@ def test_the_per_thread_default_stream_is_refused(
     assert stream_pointer(SimpleNamespace(__cuda_stream__=lambda: (0, 9))) == 9
 
 
+def test_streams_of_which_one_is_captured_are_refused(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordered: list[tuple[int, int]] = []
+    monkeypatch.setattr(gpu_run, "order_streams", lambda *pair: ordered.append(pair))
+    for captured in ({5}, {0}):
+        monkeypatch.setattr(gpu_run, "is_capturing", captured.__contains__)
+        with pytest.raises(ss.CaptureError, match="one is being captured"):
+            run(runner, torch.zeros(4, K), stream=5)
+    assert ordered == []
+
+
 def test_no_memory_for_the_result_has_a_name(runner: gpu_run.GpuRunner) -> None:
     def refuses(*arguments: Any) -> Any:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -12,12 +12,12 @@ import numpy as np
 from ..arrays import Device, NDArray, device_of, to_numpy
 from ..device_arrays import DeviceArray, adapter_of, order_streams
 from ..dtypes import ARRAY_TYPES, ArrayType, Operand
-from ..errors import ArrayError, NonFiniteError, ShapeError
+from ..errors import ArrayError, CaptureError, NonFiniteError, ShapeError
 from ..kernels.launch import Findings, WeightKernels, weight_kernels
 from ..packing.check import PatternReport, refuse_misfit, refuse_nonfinite
 from ..packing.weight import SparseWeight
 from ..pattern import Pattern
-from .gpu_device import Buffer, GpuDevice
+from .gpu_device import Buffer, GpuDevice, is_capturing
 
 __all__ = ["GpuWeight"]
 
@@ -189,8 +189,9 @@ class GpuWeight:
         """
         upload: Buffer | None = None
         if device_of(weight, "weight") == Device("cuda", device.index):
-            adapter = adapter_of(weight)
-            order_streams(adapter.current_stream(Device("cuda", device.index)), stream)
+            current = adapter_of(weight).current_stream(Device("cuda", device.index))
+            refuse_capture(current)
+            order_streams(current, stream)
             view = view_weight(weight, stream)
         else:
             host = to_numpy(weight, "weight")
@@ -271,6 +272,15 @@ def _findings(
         )
         device.download(held.pointer, words, stream)
     return Findings.decode(words.tobytes(), columns, pattern)
+
+
+def refuse_capture(stream: int) -> None:
+    """Raise CaptureError where a CUDA graph is being captured: preparing allocates and waits."""
+    if is_capturing(stream):
+        raise CaptureError(
+            "a CUDA graph is being captured, and checking, pruning or packing a weight allocates "
+            "memory and waits; do it before the capture"
+        )
 
 
 def view_weight(weight: Any, stream: int) -> DeviceArray:
