@@ -27,6 +27,7 @@ __all__ = [
     "library_of",
     "library_of_type",
     "refuse_autograd",
+    "refuse_shape",
     "to_numpy",
     "wrap_numpy",
     "writable_numpy",
@@ -198,15 +199,16 @@ def to_numpy(array: Any, what: str = "array", *, quantized: bool = False) -> NDA
 def as_matrix(array: Any, what: str, axes: str, *, quantized: bool = False) -> NDArray:
     """:func:`to_numpy` for a two-dimensional, non-empty array; ``axes`` names them in errors."""
     view = to_numpy(array, what, quantized=quantized)
-    if view.ndim != 2:
-        raise ShapeError(
-            f"{what} has {view.ndim} dimensions, shape {view.shape}; allowed is 2, {axes}"
-        )
-    if view.size == 0:
-        raise ShapeError(
-            f"{what} is empty, shape {view.shape}; each extent of {axes} is at least 1"
-        )
+    refuse_shape(view.shape, what, axes)
     return view
+
+
+def refuse_shape(shape: tuple[int, ...], what: str, axes: str) -> None:
+    """Raise ShapeError unless ``shape`` is that of a matrix that is not empty."""
+    if len(shape) != 2:
+        raise ShapeError(f"{what} has {len(shape)} dimensions, shape {shape}; allowed is 2, {axes}")
+    if 0 in shape:
+        raise ShapeError(f"{what} is empty, shape {shape}; each extent of {axes} is at least 1")
 
 
 def wrap_numpy(values: NDArray, like: Any) -> Any:

@@ -26,12 +26,15 @@ __all__ = [
     "byte_range",
     "checked_out",
     "collapse_rows",
+    "cuda_runtime",
     "cupy_stream",
+    "current_device",
     "on_device",
     "order_streams",
     "refuse_overlap",
     "refuse_per_thread_stream",
     "same_device",
+    "set_device",
     "stream_pointer",
     "to_cupy",
     "to_host",
@@ -248,18 +251,28 @@ class on_device:  # noqa: N801  (used like a function, in a with statement)
         self._before = index
 
     def __enter__(self) -> None:
-        runtime = _runtime()
-        self._before = runtime.getDevice()
+        self._before = current_device()
         if self._before != self._index:
-            runtime.setDevice(self._index)
+            set_device(self._index)
 
     def __exit__(self, *_: object) -> None:
         if self._before != self._index:
-            _runtime().setDevice(self._before)
+            set_device(self._before)
+
+
+def current_device() -> int:
+    """CUDA's number of the calling thread's current device."""
+    return int(cuda_runtime().getDevice())
+
+
+def set_device(index: int) -> None:
+    """Make a device current in the calling thread."""
+    cuda_runtime().setDevice(index)
 
 
 @functools.cache
-def _runtime() -> Any:
+def cuda_runtime() -> Any:
+    """CuPy's binding of the CUDA runtime."""
     from cupy.cuda import runtime
 
     return runtime

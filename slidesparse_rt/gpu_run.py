@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .arrays import Device, device_of, refuse_autograd
 from .backends import Problem
-from .backends.gpu_device import current_device, gpu_device, is_capturing, set_device
+from .backends.gpu_device import gpu_device, is_capturing
 from .backends.gpu_gemm import GpuPrepared, Step
 from .backends.workspace import Workspace
 from .device_arrays import (
@@ -20,11 +20,13 @@ from .device_arrays import (
     checked_out,
     collapse_rows,
     cupy_stream,
+    current_device,
     on_device,
     order_streams,
     refuse_overlap,
     refuse_per_thread_stream,
     same_device,
+    set_device,
     stream_pointer,
 )
 from .dtypes import ArrayType
@@ -166,12 +168,11 @@ class GpuRunner:
         refuse_per_thread_stream(pointer)
         with on_device(self._index), self.workspace.lock:
             self.workspace.check_open()
-            prepared.pinned.update(min(count, most) for count in tokens)
-            prepared.pinned.update(count % most for count in tokens)
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
             for count in tokens:
                 for part in {min(count, most), count % most} - {0}:
+                    prepared.pinned.add(part)
                     # A result of any alignment: with and without the library writing it.
                     able = prepared.can_write(out_type, _WELL_ALIGNED, n, part)
                     for direct in {able, False}:

@@ -16,6 +16,7 @@ from .arrays import (
     device_of,
     library_of,
     refuse_autograd,
+    refuse_shape,
     to_numpy,
     wrap_numpy,
     writable_numpy,
@@ -416,10 +417,7 @@ def _problem(source: SparseWeight | RawWeight) -> Problem:
     if isinstance(source, SparseWeight):
         return Problem(source.n, source.k, source.pattern, source.dtype)
     shape = tuple(source.array.shape)
-    if len(shape) != 2 or 0 in shape:
-        raise ShapeError(
-            f"weight has shape {shape}; allowed is (N, K): two dimensions, each at least 1"
-        )
+    refuse_shape(shape, "weight", "(N, K)")
     return Problem(int(shape[0]), int(shape[1]), source.pattern, source.operand)
 
 

@@ -22,16 +22,12 @@ __all__ = ["Backend", "Config", "Prepared", "Problem", "RawWeight", "Support"]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One kind of GEMM: ``y (M, N) = x (M, K) @ weight (N, K).T + bias``.
-
-    ``tokens`` is the M that a configuration is asked for; 0 asks about the weight alone.
-    """
+    """One kind of GEMM, for any M: ``y (M, N) = x (M, K) @ weight (N, K).T + bias``."""
 
     n: int
     k: int
     pattern: Pattern
     dtype: Operand
-    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,6 @@ class Config:
     """One way in which a backend can run a problem; ``name`` is for people."""
 
     name: str
-    detail: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

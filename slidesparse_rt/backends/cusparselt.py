@@ -33,6 +33,7 @@ from ..ffi.cusparselt import (
 from ..ffi.cusparselt import library as cusparselt_library
 from ..ffi.handles import SHARED
 from ..ffi.libraries import version_text
+from ..kernels.catalog import format_bytes
 from ..options import PlanOptions
 from .base import Problem, Support
 from .fp16_probe import fp16_problem
@@ -214,7 +215,7 @@ class CusparseltPrepared(GpuPrepared):
         plan = MatmulPlan(selection)
         one, zero = HostScalar(ctypes.c_float, 1.0), HostScalar(ctypes.c_float, 0.0)
         size = self.weight.operand.bits // 8
-        width = 2 if self.sums_type in ("bfloat16", "float16") else 4
+        width = format_bytes(self.sums_type)
         with (
             self.device.filled(padded * self.row_length * size, self.weight.operand, stream) as x,
             self.device.allocate(padded * self.padded_n * width) as sums,

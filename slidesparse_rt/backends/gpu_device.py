@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..device_arrays import on_device
+from ..device_arrays import cuda_runtime, on_device
 from ..dtypes import Operand
 from ..errors import DeviceMemoryError, LibraryError
 from ..packing.quantize import quantize_tokens
 
-__all__ = ["Buffer", "GpuDevice", "current_device", "gpu_device", "is_capturing", "set_device"]
+__all__ = ["Buffer", "GpuDevice", "gpu_device", "is_capturing"]
 
 #: cudaErrorMemoryAllocation
 _OUT_OF_MEMORY = 2
@@ -188,24 +188,7 @@ def _shared(index: int) -> GpuDevice:
     return GpuDevice(index)
 
 
-@functools.cache
-def _runtime() -> Any:
-    from cupy.cuda import runtime
-
-    return runtime
-
-
-def current_device() -> int:
-    """CUDA's number of the calling thread's current device."""
-    return int(_runtime().getDevice())
-
-
-def set_device(index: int) -> None:
-    """Make a device current in the calling thread."""
-    _runtime().setDevice(index)
-
-
 def is_capturing(stream: int) -> bool:
     """Whether a CUDA graph is being captured from ``stream``."""
     # The legacy default stream cannot be captured, and asking about it during a capture fails.
-    return stream not in (0, 1) and bool(_runtime().streamIsCapturing(stream))
+    return stream not in (0, 1) and bool(cuda_runtime().streamIsCapturing(stream))

@@ -21,6 +21,7 @@ from ..arrays import Device, NDArray
 from ..device_arrays import DeviceArray, on_device
 from ..dtypes import ArrayType
 from ..errors import CaptureError
+from ..kernels.catalog import format_bytes
 from ..kernels.launch import Dequantizer, Quantizer, dequantizer, quantizer
 from ..options import PlanOptions
 from ..packing.weight import SparseWeight
@@ -170,7 +171,7 @@ class GpuPrepared(ABC):
         operand = self.weight.operand
         scales = round_up(padded * self.row_length * operand.bits // 8, _ALIGNMENT)
         sums = scales + round_up(padded * 4 if operand.scaled else 0, _ALIGNMENT)
-        width = 2 if self.sums_type in ("bfloat16", "float16") else 4
+        width = format_bytes(self.sums_type)
         taken = 0 if product.direct else padded * self.padded_n * width
         scratch = sums + round_up(taken, _ALIGNMENT)
         return Layout(padded, scales, sums, scratch, scratch + product.scratch_bytes)
@@ -319,7 +320,6 @@ class GpuBackend(ABC):
     """A backend that runs on a CUDA device."""
 
     name: str
-    #: Names of the libraries it needs (slidesparse_rt.ffi.libraries).
 
     def supports(self, problem: Problem, device: Device) -> Support:
         """Whether the GPU ``device`` has the operand format; its libraries are there."""

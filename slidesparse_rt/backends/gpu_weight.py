@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Device, NDArray, device_of, to_numpy
+from ..arrays import Device, NDArray, device_of, refuse_shape, to_numpy
 from ..device_arrays import DeviceArray, adapter_of, order_streams
 from ..dtypes import ARRAY_TYPES, ArrayType, Operand
-from ..errors import ArrayError, CaptureError, NonFiniteError, ShapeError
+from ..errors import ArrayError, CaptureError, NonFiniteError
 from ..kernels.launch import Findings, WeightKernels, weight_kernels
 from ..packing.check import PatternReport, refuse_misfit, refuse_nonfinite
-from ..packing.weight import SparseWeight
+from ..packing.weight import SparseWeight, refuse_length
 from ..pattern import Pattern
 from .gpu_device import Buffer, GpuDevice, is_capturing
 
@@ -195,13 +195,13 @@ class GpuWeight:
             view = view_weight(weight, stream)
         else:
             host = to_numpy(weight, "weight")
-            _check_shape(host.shape)
+            refuse_shape(host.shape, "weight", "(N, K)")
             host = np.ascontiguousarray(host)
             upload = device.upload(host, stream)
             kind = next(row for row in ARRAY_TYPES if row.dtype == host.dtype)
             view = DeviceArray(upload.pointer, host.shape, (host.shape[1], 1), kind)
         shape = (view.shape[0], view.shape[1])
-        _check_length(shape[1], operand)
+        refuse_length(shape[1], operand)
         kernels = weight_kernels(device, view.kind.name, pattern)
         check_on_device(view, pattern, device, stream)
         made = cls(device, shape, pattern, operand, bias, stream)
@@ -286,7 +286,7 @@ def refuse_capture(stream: int) -> None:
 def view_weight(weight: Any, stream: int) -> DeviceArray:
     """A weight (N, K) on the GPU, its rows contiguous; ShapeError or ArrayError otherwise."""
     view = adapter_of(weight).view(weight, "weight", stream)
-    _check_shape(view.shape)
+    refuse_shape(view.shape, "weight", "(N, K)")
     if view.shape[1] > 1 and view.strides[1] != 1:
         raise ArrayError(
             f"weight has strides {view.strides} (elements); on a GPU its rows must be contiguous: "
@@ -295,18 +295,3 @@ def view_weight(weight: Any, stream: int) -> DeviceArray:
     if view.shape[0] == 1:  # its stride says nothing
         return DeviceArray(view.pointer, view.shape, (view.shape[1], 1), view.kind)
     return view
-
-
-def _check_shape(shape: tuple[int, ...]) -> None:
-    if len(shape) != 2:
-        raise ShapeError(f"weight has {len(shape)} dimensions, shape {shape}; allowed is 2, (N, K)")
-    if 0 in shape:
-        raise ShapeError(f"weight is empty, shape {shape}; each extent of (N, K) is at least 1")
-
-
-def _check_length(k: int, operand: Operand) -> None:
-    if operand.max_k is not None and k > operand.max_k:
-        raise ShapeError(
-            f"weight has K = {k}; {operand.name} sums are exact up to K = {operand.max_k}; "
-            f"split the layer along K"
-        )

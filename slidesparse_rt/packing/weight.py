@@ -214,17 +214,22 @@ def _described(file: TensorFile) -> tuple[Pattern, Operand]:
         raise FormatError(f"{file.path} has metadata that is not understood: {error}") from error
 
 
+def refuse_length(k: int, row: Operand) -> None:
+    """Raise ShapeError for a row that is too long for exact sums."""
+    if row.max_k is not None and k > row.max_k:
+        raise ShapeError(
+            f"the weight has K = {k}; {row.name} sums are exact up to K = {row.max_k}; "
+            f"split the layer along K"
+        )
+
+
 def _check_parts(values: NDArray, scales: NDArray | None, row: Operand) -> None:
     """Whether values and scales have the shapes, types and ranges of their format."""
     if values.ndim != 2 or values.size == 0:
         raise ShapeError(f"values has shape {values.shape}; allowed is (N, K), both at least 1")
     if values.dtype != row.dtype:
         raise DTypeError(f"values is {values.dtype.name}; a {row.name} weight is {row.dtype.name}")
-    if row.max_k is not None and values.shape[1] > row.max_k:
-        raise ShapeError(
-            f"values has K = {values.shape[1]}; {row.name} sums are exact up to K = {row.max_k}; "
-            f"split the layer along K"
-        )
+    refuse_length(values.shape[1], row)
     if row.name == "int8" and values.min() < -127:
         raise NonFiniteError("values holds -128; int8 weights lie in -127..127")
     if row.scaled != (scales is not None):
