@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,8 +44,6 @@ class SparseWeight:
         The pattern that ``values`` fits.
     dtype:
         The operand format of ``values``.
-    threads:
-        CPU threads for checking the parts; not kept.
 
     Raises
     ------
@@ -57,18 +55,22 @@ class SparseWeight:
     scales: NDArray | None
     pattern: Pattern
     dtype: Operand
-    threads: InitVar[int | None] = None
 
-    def __post_init__(self, threads: int | None) -> None:
+    def __post_init__(self) -> None:
         _check_parts(self.values, self.scales, self.dtype)
-        check_values(self.values, self.pattern, "weight", threads=threads)
-        values = self.values
-        if has_negative_zeros(values):
-            values = values.copy()
-            positive_zeros(values)
-        for name, part in (("values", values), ("scales", self.scales)):
+        check_values(self.values, self.pattern, "weight", threads=None)
+        if has_negative_zeros(self.values):
+            own = self.values.copy()
+            positive_zeros(own)
+            object.__setattr__(self, "values", own)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Hold read-only views; the caller's arrays stay as writable as they were."""
+        for name in ("values", "scales"):
+            part = getattr(self, name)
             if part is not None:
-                own = part.view()  # the caller's array stays as writable as it was
+                own = part.view()
                 own.flags.writeable = False
                 object.__setattr__(self, name, own)
 
@@ -108,7 +110,14 @@ class SparseWeight:
         view = as_matrix(weight, "weight", "(N, K)")
         check_values(view, parsed, "weight", threads=threads)
         values, scales = quantize(view, row, threads=threads)
-        return cls(values, scales, parsed, row, threads)
+        # A zero stays a zero when it is quantized, so what fitted still fits: no second scan.
+        made = object.__new__(cls)
+        parts = {"values": values, "scales": scales, "pattern": parsed, "dtype": row}
+        for name, part in parts.items():
+            object.__setattr__(made, name, part)
+        _check_parts(values, scales, row)
+        made._freeze()
+        return made
 
     @property
     def shape(self) -> tuple[int, int]:
