@@ -119,6 +119,21 @@ _OPERAND_ALIASES = {
     "float16": "fp16",
 }
 
+#: Formats that GPUs multiply but that sliding cannot serve -> why, and what to take instead.
+#: Sources: PTX ISA 9.1, "Sparse matrix storage" and "Sparse tcgen05.mma.sp with .kind::mxf4 and
+#: .kind::mxf4nvf4"; cuSPARSELt, ``cusparseLtSparsity_t``.
+_REFUSED = {
+    "fp4_e2m1": (
+        "sparse FP4 takes 4:8 pairwise, zeros in adjacent pairs (PTX ISA: mma.sp and "
+        "tcgen05.mma.sp with .kind::mxf4 or .kind::mxf4nvf4; cuSPARSELt: 'paired 4:8 for e2m1'), "
+        "and sliding makes 2:4 windows, whose zeros lie anywhere; use dtype='fp8_e4m3' or 'int8' "
+        "(docs/patterns.md#why-there-is-no-fp4)"
+    ),
+}
+_REFUSED_ALIASES = dict.fromkeys(
+    ("fp4", "mxfp4", "nvfp4", "e2m1", "float4_e2m1fn", "float4_e2m1fn_x2"), "fp4_e2m1"
+)
+
 
 def operand(spec: str | Operand) -> Operand:
     """Return the operand format that ``spec`` names; DTypeError for anything else."""
@@ -131,6 +146,9 @@ def operand(spec: str | Operand) -> Operand:
         meant = _OPERAND_ALIASES.get(spec)
         if meant is not None:
             raise DTypeError(f"dtype {spec!r} is spelled {meant!r} here; type dtype={meant!r}")
+        refused = _REFUSED.get(_REFUSED_ALIASES.get(spec, spec))
+        if refused is not None:
+            raise DTypeError(f"dtype {spec!r} has no backend: {refused}")
     allowed = ", ".join(repr(row.name) for row in OPERANDS)
     raise DTypeError(f"dtype {spec!r} is no operand format; allowed are {allowed}")
 

@@ -123,6 +123,17 @@ def test_other_operands_are_refused(spec: object) -> None:
         assert repr(row.name) in str(caught.value)
 
 
+@pytest.mark.parametrize("spec", ["fp4_e2m1", "fp4", "nvfp4", "mxfp4", "float4_e2m1fn"])
+def test_fp4_is_known_and_refused_with_the_reason(spec: str) -> None:
+    """Not "no operand format": sparse FP4 exists, and its zeros come in pairs."""
+    with pytest.raises(DTypeError, match="4:8 pairwise, zeros in adjacent pairs") as caught:
+        operand(spec)
+    message = str(caught.value)
+    assert message.startswith(f"dtype {spec!r} has no backend")
+    for words in ("PTX ISA", "cuSPARSELt", "dtype='fp8_e4m3'", "docs/patterns.md"):
+        assert words in message
+
+
 def test_array_type_takes_names_and_library_types() -> None:
     import jax.numpy as jnp
     import torch

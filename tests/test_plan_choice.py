@@ -56,6 +56,8 @@ def test_weights_that_are_refused() -> None:
         ({"backend": "cuda"}, ss.OptionError, "backend 'cuda' is unknown; allowed are 'auto'"),
         ({"backend": None}, ss.OptionError, "backend None is unknown"),
         ({"backend": ["auto"]}, ss.OptionError, "backend .* is unknown"),
+        ({"x_scale": -1.0}, ss.OptionError, r"x_scale is -1\.0; allowed is None .* divided by 127"),
+        ({"x_scale": 1.0, "dtype": "bf16"}, ss.OptionError, "bf16 activations have no scales; om"),
         ({"device": "tpu"}, ss.DeviceError, "device 'tpu' is unknown; allowed are 'cpu'"),
         ({"options": {"threads": 1}}, ss.OptionError, "allowed is a PlanOptions or None"),
         ({"bias": np.zeros(3, np.float32)}, ss.ShapeError, r"bias has shape \(3,\); .*\(4,\)"),
@@ -72,6 +74,29 @@ def test_options_that_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         ss.SparseGemmPlan(fitted("6:8", 4, 16), **({"pattern": "6:8"} | options))
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_fp4_is_refused_everywhere_with_the_true_reason(backend: str) -> None:
+    """Before the machine is looked at: no GPU would change it."""
+    weight = fitted("6:8", 4, 16)
+    for call in (
+        lambda: ss.SparseGemmPlan(weight, "6:8", dtype="fp4_e2m1", backend=backend),
+        lambda: ss.SparseGemmPlan(weight, "2:4", dtype="fp4_e2m1", device="cuda"),
+        lambda: ss.SparseWeight.from_array(weight, "6:8", dtype="fp4_e2m1"),
+        lambda: ss.quantize(weight, "fp4_e2m1"),
+    ):
+        with pytest.raises(ss.DTypeError, match=r"4:8 pairwise.*use dtype='fp8_e4m3'"):
+            call()
+
+
+def test_why_fp4_is_refused_holds_for_windows() -> None:
+    """Two windows may hold nonzeros in more pairs than the two of 4:8 pairwise."""
+    weight = np.zeros((1, 16), np.float32)
+    weight[0, ::2] = 1  # fits 6:8, and 2:4
+    for pattern in ("2:4", "6:8"):
+        slid = np.asarray(ss.slide(weight, pattern)).reshape(-1, 4, 2)
+        assert ((slid != 0).any(-1).sum(-1) > 2).any()
 
 
 def test_a_weight_on_another_gpu_than_the_plan_is_refused() -> None:
