@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .arrays import Device, device_of, refuse_autograd
 from .backends import Problem
-from .backends.gpu_device import gpu_device, is_capturing
+from .backends.gpu_device import gpu_device, is_capturing, working_on
 from .backends.gpu_gemm import GpuPrepared, Step
 from .backends.workspace import Workspace
 from .device_arrays import (
@@ -21,7 +21,6 @@ from .device_arrays import (
     collapse_rows,
     cupy_stream,
     current_device,
-    on_device,
     order_streams,
     refuse_overlap,
     refuse_per_thread_stream,
@@ -30,7 +29,8 @@ from .device_arrays import (
     stream_pointer,
 )
 from .dtypes import ArrayType
-from .errors import ArrayError, CaptureError, DeviceMemoryError, ShapeError
+from .errors import ArrayError, CaptureError, DeviceError, DeviceMemoryError, ShapeError
+from .kernels.loader import kernels_of, relaxed_capture
 from .options import PlanOptions
 
 __all__ = ["GpuRunner"]
@@ -121,6 +121,7 @@ class GpuRunner:
             if pointer == 2 or current == 2:  # the common case costs no call
                 refuse_per_thread_stream(2)
             if pointer != current:
+                self._refuse_foreign(pointer)
                 if is_capturing(pointer) != is_capturing(current):
                     raise CaptureError(
                         "of stream= and the current stream of x's library one is being captured "
@@ -166,7 +167,8 @@ class GpuRunner:
         prepared, most, n = self._prepared, self._most_tokens, self._problem.n
         pointer = 0 if stream is None else stream_pointer(stream)
         refuse_per_thread_stream(pointer)
-        with on_device(self._index), self.workspace.lock:
+        self._refuse_foreign(pointer)
+        with working_on(self._index), self.workspace.lock:
             self.workspace.check_open()
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
@@ -181,17 +183,30 @@ class GpuRunner:
 
     def close(self) -> None:
         """Give the workspace back."""
-        with on_device(self._index):
+        with working_on(self._index):
             self.workspace.close()
         self._routes.clear()
         self._out_routes.clear()
         self._parked.clear()
         self._captured.clear()
 
+    def _refuse_foreign(self, stream: int) -> None:
+        """Raise DeviceError for a stream of another GPU: kernels of this one cannot run on it."""
+        found = kernels_of(self._index).device_of_stream(stream)
+        if found != self._index:
+            raise DeviceError(
+                f"stream is one of cuda:{found}, but the plan is on {self._device}; pass a stream "
+                f"that was made on {self._device}"
+            )
+
     def _new(self, adapter: Adapter, route: _Route, stream: int) -> Any:
         """A new result from x's library; DeviceMemoryError where it has no memory for it."""
         try:
-            return adapter.empty(route.out_shape, route.out_kind, self._device, stream)
+            if adapter.signature is not None:
+                return adapter.empty(route.out_shape, route.out_kind, self._device, stream)
+            # CuPy's pool may have to grow, also for JAX, which has no say in that.
+            with relaxed_capture():
+                return adapter.empty(route.out_shape, route.out_kind, self._device, stream)
         except Exception as error:
             # Each library has a class of its own for this.
             known = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
@@ -213,8 +228,9 @@ class GpuRunner:
             event = cupy.cuda.Event(disable_timing=True)
             event.record(cupy_stream(stream))
             self._parked.append((event, owner))
-            while self._parked and self._parked[0][0].done:
-                self._parked.popleft()
+            with relaxed_capture():
+                while self._parked and self._parked[0][0].done:
+                    self._parked.popleft()
 
     def _route(self, view: DeviceArray, out_type: ArrayType | None) -> _Route:
         shape = view.shape

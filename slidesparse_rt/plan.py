@@ -426,8 +426,10 @@ def _checked_bias(bias: Any, n: int) -> NDArray | None:
         return None
     if device_of(bias, "bias").kind == "cuda":
         from .device_arrays import to_host
+        from .kernels.loader import relaxed_capture
 
-        view = to_host(bias, "bias")
+        with relaxed_capture():
+            view = to_host(bias, "bias")
     else:
         view = to_numpy(bias, "bias")
     if view.shape != (n,):

@@ -47,11 +47,11 @@ def check_pattern(weight: Any, pattern: str | Pattern, *, threads: int | None = 
     if device.kind == "cpu":
         packing.check_pattern(weight, parsed, threads=threads)
         return
-    from .backends.gpu_device import gpu_device
+    from .backends.gpu_device import gpu_device, working_on
     from .backends.gpu_weight import check_on_device, refuse_capture, view_weight
-    from .device_arrays import adapter_of, on_device
+    from .device_arrays import adapter_of
 
-    with on_device(device.index):
+    with working_on(device.index):
         stream = adapter_of(weight).current_stream(device)
         refuse_capture(stream)
         view = view_weight(weight, stream)
@@ -103,8 +103,10 @@ def prune(
     device = device_of(weight, "weight")
     if norms is not None and device_of(norms, "norms").kind != "cpu":
         from .device_arrays import to_host
+        from .kernels.loader import relaxed_capture
 
-        norms = to_host(norms, "norms")
+        with relaxed_capture():
+            norms = to_host(norms, "norms")
     if device.kind == "cpu":
         return packing.prune(weight, parsed, method=method, norms=norms, threads=threads)
     check_method(method, norms)
@@ -112,13 +114,13 @@ def prune(
 
 
 def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device: Device) -> Any:
-    from .backends.gpu_device import gpu_device
+    from .backends.gpu_device import gpu_device, working_on
     from .backends.gpu_weight import refuse_capture, refuse_nonfinite_on_device, view_weight
-    from .device_arrays import adapter_of, on_device
+    from .device_arrays import adapter_of
     from .kernels.launch import weight_kernels
 
     gpu, adapter = gpu_device(device.index), adapter_of(weight)
-    with on_device(device.index):
+    with working_on(device.index):
         stream = adapter.current_stream(device)
         refuse_capture(stream)
         view = view_weight(weight, stream)

@@ -6,7 +6,7 @@ import dataclasses
 import warnings
 from collections import OrderedDict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Problem, gpu_gemm
 from slidesparse_rt.backends.workspace import Workspace
 from slidesparse_rt.device_arrays import refuse_per_thread_stream, stream_pointer
-from slidesparse_rt.dtypes import operand
+from slidesparse_rt.dtypes import array_type, operand
 
 K, N = 16, 8
 
@@ -42,6 +42,16 @@ class Prepared:
         return launch
 
 
+class Kernels:
+    """Knows of the streams of another GPU."""
+
+    foreign: ClassVar[dict[int, int]] = {0x700: 1}
+
+    @classmethod
+    def device_of_stream(cls, stream: int) -> int:
+        return cls.foreign.get(stream, 0)
+
+
 @pytest.fixture
 def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     """A runner that takes torch's CPU tensors for tensors on cuda:0."""
@@ -54,6 +64,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     monkeypatch.setattr(gpu_run, "device_of", lambda array, what: Device("cuda"))
     monkeypatch.setattr(gpu_run, "gpu_device", lambda index: None)
     monkeypatch.setattr(gpu_run, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_run, "kernels_of", lambda index: Kernels)
     problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
     return gpu_run.GpuRunner(Prepared(), problem, Device("cuda"), ss.PlanOptions())
 
@@ -126,6 +137,19 @@ def test_streams_of_which_one_is_captured_are_refused(
         with pytest.raises(ss.CaptureError, match="one is being captured"):
             run(runner, torch.zeros(4, K), stream=5)
     assert ordered == []
+
+
+def test_streams_of_another_gpu_are_refused(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_run, "is_capturing", lambda stream: pytest.fail("asked of it"))
+    says = "stream is one of cuda:1, but the plan is on cuda:0; pass a stream that was made on cuda"
+    with pytest.raises(ss.DeviceError, match=says):
+        run(runner, torch.zeros(4, K), stream=0x700)
+    float32 = array_type("float32")
+    with pytest.raises(ss.DeviceError, match=says):
+        runner.prepare([4], float32, float32, 0x700)
+    assert runner._prepared.launches == []
 
 
 def test_no_memory_for_the_result_has_a_name(runner: gpu_run.GpuRunner) -> None:

@@ -343,6 +343,8 @@ class FakeCuda(Cuda):
         self.retained = 0
         self.shared: dict[int, int] = {}
         self.refuse: dict[str, int] = {}
+        self.mode = 0  # CU_STREAM_CAPTURE_MODE_GLOBAL
+        self.streams: dict[int, int] = {}
 
     def __getattr__(self, name):
         action = getattr(type(self), f"_{name.lower()}", None)
@@ -376,6 +378,7 @@ class FakeCuda(Cuda):
         value._obj.value = {16: 132, 75: 9, 76: 0, 97: 232448}[attribute]
 
     def _cudeviceprimaryctxretain(self, context, device):
+        assert self.mode == 2
         self.retained += 1
         context._obj.value = 1000 + device
 
@@ -388,13 +391,24 @@ class FakeCuda(Cuda):
     def _cuctxpopcurrent_v2(self, context):
         self.pushed.pop()
 
+    def _cuthreadexchangestreamcapturemode(self, mode):
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+
+    def _custreamgetctx(self, stream, context):
+        context._obj.value = self.streams[stream]
+
+    def _cuctxgetdevice(self, device):
+        device._obj.value = self.pushed[-1] % 1000
+
     def _cumoduleloaddata(self, module, image):
         assert self.pushed == [1003]
+        assert self.mode == 2
         module._obj.value = 7000 + len(self.modules)
         self.modules[module._obj.value] = image
 
     def _cumoduleunload(self, module):
         assert self.pushed == [1003]
+        assert self.mode == 2
         del self.modules[module]
 
     def _cumodulegetfunction(self, function, module, name):
@@ -445,6 +459,45 @@ def test_kernels_are_loaded_once_and_unloaded_on_close(kernels, cuda):
     ):
         with pytest.raises(PlanClosed, match="used after close"):
             use()
+
+
+def test_the_mode_of_captures_is_relaxed_within_and_the_former_after(cuda):
+    """So that what one thread loads does not spoil what another captures."""
+    for former in (0, 1, 2):
+        cuda.mode = former
+        with loader.relaxed_capture(cuda):
+            assert cuda.mode == 2
+            with loader.relaxed_capture(cuda):
+                assert cuda.mode == 2
+            assert cuda.mode == 2
+        assert cuda.mode == former
+        with pytest.raises(ZeroDivisionError), loader.relaxed_capture(cuda):
+            1 / 0  # noqa: B018
+        assert cuda.mode == former
+    cuda.mode = 0
+    cuda.refuse["cuThreadExchangeStreamCaptureMode"] = 999
+    with pytest.raises(LibraryError, match="cuThreadExchangeStreamCaptureMode returned 999"):
+        loader.relaxed_capture(cuda).__enter__()
+
+
+def test_loading_and_unloading_leave_the_mode_as_it_was(kernels, cuda):
+    assert cuda.mode == 0
+    kernels.load(WEIGHT)
+    assert cuda.mode == 0
+    cuda.refuse["cuModuleLoadData"] = 2
+    with pytest.raises(DeviceMemoryError):
+        kernels.load(catalog.weights("check", "int8", Pattern.parse("4:6")))
+    assert cuda.mode == 0
+    kernels.close()
+    assert (cuda.mode, cuda.modules) == (0, {})
+
+
+def test_the_device_of_a_stream(kernels, cuda):
+    """The fake's contexts are 1000 + device; 2003 is another context on device 3."""
+    cuda.streams = {0x30: 1003, 0x40: 1001, 0x50: 2003}
+    assert [kernels.device_of_stream(stream) for stream in cuda.streams] == [3, 1, 3]
+    assert [kernels.device_of_stream(stream) for stream in (0, 1, 2)] == [3, 3, 3]
+    assert cuda.pushed == []
 
 
 def test_shared_memory_of_a_kernel_is_only_ever_raised(kernels, cuda):

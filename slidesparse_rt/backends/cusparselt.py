@@ -15,7 +15,6 @@ import ctypes
 from dataclasses import dataclass
 from functools import partial
 
-from ..device_arrays import on_device
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError, LibraryError
 from ..ffi.checked import DataType, HostScalar
@@ -37,7 +36,7 @@ from ..kernels.catalog import format_bytes
 from ..options import PlanOptions
 from .base import Problem, Support
 from .fp16_probe import fp16_problem
-from .gpu_device import Buffer, GpuDevice
+from .gpu_device import Buffer, GpuDevice, working_on
 from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
 from .gpu_weight import GpuWeight
 
@@ -148,7 +147,7 @@ class CusparseltPrepared(GpuPrepared):
         self.compressed.close()
 
     def _handle(self) -> Handle:
-        return SHARED.cusparselt(self.device.index, around=partial(on_device, self.device.index))
+        return SHARED.cusparselt(self.device.index, around=partial(working_on, self.device.index))
 
     def _structured(self, handle: Handle) -> MatDescriptor:
         return MatDescriptor(

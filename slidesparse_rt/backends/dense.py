@@ -16,7 +16,6 @@ from functools import partial
 
 import numpy as np
 
-from ..device_arrays import on_device
 from ..dtypes import ArrayType
 from ..errors import BackendUnavailable, DeviceMemoryError, LibraryError
 from ..ffi.checked import DataType, HostScalar
@@ -44,7 +43,7 @@ from ..ffi.handles import SHARED
 from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
-from .gpu_device import Buffer, GpuDevice
+from .gpu_device import Buffer, GpuDevice, working_on
 from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
 from .gpu_weight import GpuWeight
 from .timing import fastest
@@ -159,7 +158,7 @@ class DensePrepared(GpuPrepared):
         )
 
     def make_product(self, tokens: int, direct: ArrayType | None, stream: int) -> _Product:
-        handle = SHARED.cublaslt(self.device.index, around=partial(on_device, self.device.index))
+        handle = SHARED.cublaslt(self.device.index, around=partial(working_on, self.device.index))
         made = None
         if direct is not None:
             made = self._matmul(handle, tokens, direct, stream)

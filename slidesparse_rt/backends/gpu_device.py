@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -12,32 +15,62 @@ import numpy as np
 from ..device_arrays import cuda_runtime, on_device
 from ..dtypes import Operand
 from ..errors import DeviceMemoryError, LibraryError
+from ..kernels.loader import relaxed_capture
 from ..packing.quantize import quantize_tokens
 
-__all__ = ["Buffer", "GpuDevice", "gpu_device", "is_capturing"]
+__all__ = ["Buffer", "GpuDevice", "gpu_device", "is_capturing", "working_on"]
 
 #: cudaErrorMemoryAllocation
 _OUT_OF_MEMORY = 2
+
+
+@contextlib.contextmanager
+def working_on(index: int) -> Iterator[None]:
+    """Make a device current for what allocates, frees, searches, loads or waits.
+
+    Whatever of this package does one of these outside a launch does it in here, so that it leaves
+    the CUDA graphs that other threads are capturing alone.
+    """
+    with on_device(index), relaxed_capture():
+        yield
 
 
 class Buffer:
     """Device memory from cudaMalloc, 256-byte aligned; freed by :meth:`close` or when collected.
 
     cudaFree waits for the device, so work that still uses the memory finishes first.
+
+    Parameters
+    ----------
+    memory:
+        What frees the memory when it is dropped; nobody else refers to it.
+    nbytes:
+        Its size.
+    device:
+        CUDA's number of the device it is on.
     """
 
-    __slots__ = ("_memory", "nbytes", "pointer")
+    __slots__ = ("_device", "_memory", "nbytes", "pointer")
 
-    def __init__(self, memory: Any, nbytes: int) -> None:
+    def __init__(self, memory: Any, nbytes: int, device: int) -> None:
         self._memory = memory
+        self._device = device
         self.pointer = int(memory.ptr)
         self.nbytes = nbytes
 
     def close(self) -> None:
         """Free the memory; closing twice is allowed."""
-        self._memory = None
+        if self._memory is not None:
+            with working_on(self._device):
+                self._memory = None
         self.pointer = 0
         self.nbytes = 0
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # The garbage collector comes at any time, also while a graph is being captured.  At the end
+        # of the process the driver frees everything.
+        if not is_finalizing():
+            self.close()
 
     def __enter__(self) -> Buffer:
         return self
@@ -74,7 +107,7 @@ class GpuDevice:
 
         self.index = index
         self._cupy = cupy
-        with on_device(index):
+        with working_on(index):
             properties = cupy.cuda.runtime.getDeviceProperties(index)
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self.name: str = properties["name"].decode()
@@ -94,9 +127,9 @@ class GpuDevice:
         """Allocate ``nbytes`` (at least 16); DeviceMemoryError where the device has not so much."""
         nbytes = max(16, nbytes)
         runtime = self._cupy.cuda.runtime
-        with on_device(self.index):
+        with working_on(self.index):
             try:
-                return Buffer(self._cupy.cuda.Memory(nbytes), nbytes)
+                return Buffer(self._cupy.cuda.Memory(nbytes), nbytes, self.index)
             except runtime.CUDARuntimeError as error:
                 if error.status != _OUT_OF_MEMORY:
                     raise LibraryError(
@@ -119,7 +152,7 @@ class GpuDevice:
         """Copy a contiguous NumPy array to new device memory; waits until it is there."""
         buffer = self.allocate(values.nbytes)
         runtime = self._cupy.cuda.runtime
-        with on_device(self.index):
+        with working_on(self.index):
             # 1 is cudaMemcpyHostToDevice.
             runtime.memcpyAsync(buffer.pointer, values.ctypes.data, values.nbytes, 1, stream)
             runtime.streamSynchronize(stream)
@@ -128,7 +161,7 @@ class GpuDevice:
     def download(self, pointer: int, values: Any, stream: int) -> None:
         """Copy device memory into a contiguous NumPy array; waits until it is there."""
         runtime = self._cupy.cuda.runtime
-        with on_device(self.index):
+        with working_on(self.index):
             # 2 is cudaMemcpyDeviceToHost.
             runtime.memcpyAsync(values.ctypes.data, pointer, values.nbytes, 2, stream)
             runtime.streamSynchronize(stream)

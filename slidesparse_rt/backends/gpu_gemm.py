@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..arrays import Device, NDArray
-from ..device_arrays import DeviceArray, on_device
+from ..device_arrays import DeviceArray
 from ..dtypes import ArrayType
 from ..errors import CaptureError
 from ..kernels.catalog import format_bytes
@@ -27,7 +27,7 @@ from ..options import PlanOptions
 from ..packing.weight import SparseWeight
 from ..pattern import Pattern
 from .base import Config, Problem, RawWeight, Support
-from .gpu_device import GpuDevice, gpu_device, is_capturing
+from .gpu_device import GpuDevice, gpu_device, is_capturing, working_on
 from .gpu_weight import GpuWeight
 from .workspace import Workspace
 
@@ -159,7 +159,8 @@ class GpuPrepared(ABC):
         key = (tokens, x_kind.name, out_kind.name, direct)
         found = cache.get(key)
         if found is None:
-            found = cache[key] = Step(self, tokens, x_kind, out_kind, direct, stream)
+            with working_on(self.device.index):
+                found = cache[key] = Step(self, tokens, x_kind, out_kind, direct, stream)
             self._evict(cache)
         else:
             cache.move_to_end(key)
@@ -343,7 +344,7 @@ class GpuBackend(ABC):
         """Bring the weight to the GPU, check and quantize it there, and pack it."""
         gpu = gpu_device(device.index)
         stream = gpu.packing_stream
-        with on_device(gpu.index):
+        with working_on(gpu.index):
             if isinstance(weight, SparseWeight):
                 held = GpuWeight.from_sparse(weight, bias, gpu, stream)
             else:

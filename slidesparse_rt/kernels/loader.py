@@ -28,7 +28,7 @@ from ..ffi.libraries import load
 from .catalog import KernelSpec
 from .compiler import Compiler, Resources, default_directory
 
-__all__ = ["Cuda", "DeviceLimits", "Kernel", "KernelCache", "kernels_of"]
+__all__ = ["Cuda", "DeviceLimits", "Kernel", "KernelCache", "kernels_of", "relaxed_capture"]
 
 # CUdevice_attribute
 _SM_COUNT = 16
@@ -37,6 +37,10 @@ _CAPABILITY_MINOR = 76
 _SHARED_OPTIN = 97
 # CUfunction_attribute
 _MAX_DYNAMIC_SHARED = 8
+# CUstreamCaptureMode
+_RELAXED = 2
+#: Addresses that stand for the null stream and the two default streams of the current device.
+_DEFAULT_STREAMS = (0, 1, 2)
 
 
 class CudaStatus(IntEnum):
@@ -57,6 +61,9 @@ class Cuda(CLibrary):
         declare("cuDevicePrimaryCtxRelease_v2", "device:int"),
         declare("cuCtxPushCurrent_v2", "context"),
         declare("cuCtxPopCurrent_v2", "context"),
+        declare("cuCtxGetDevice", "device"),
+        declare("cuStreamGetCtx", "stream context"),
+        declare("cuThreadExchangeStreamCaptureMode", "mode"),
         declare("cuModuleLoadData", "module image"),
         declare("cuModuleUnload", "module"),
         declare("cuModuleGetFunction", "function module name"),
@@ -172,7 +179,8 @@ class KernelCache:
             shared_bytes=attribute(_SHARED_OPTIN),
         )
         context = ctypes.c_void_p(None)
-        self.cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle.value)
+        with relaxed_capture(self.cuda):
+            self.cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle.value)
         self._context = context.value
         self._close = weakref.finalize(
             self, _unload, self.cuda, context.value, handle.value, self._modules
@@ -209,7 +217,7 @@ class KernelCache:
                 return found
             architecture = self._compiler.architecture(self.limits.capability, exact=spec.exact)
             compiled = self._compiler.compile(spec, architecture)
-            with _pushed(self.cuda, self._context):
+            with relaxed_capture(self.cuda), _pushed(self.cuda, self._context):
                 module = self._modules.get(compiled.key)
                 if module is None:
                     module = self._handle("cuModuleLoadData", compiled.cubin)
@@ -235,6 +243,23 @@ class KernelCache:
                 ctypes.byref(blocks), kernel.function, threads, shared_bytes
             )
         return blocks.value
+
+    def device_of_stream(self, stream: int) -> int:
+        """Return CUDA's number of the device that a stream belongs to.
+
+        The default streams have no device of their own and count as this one's.
+        """
+        if stream in _DEFAULT_STREAMS:
+            return self.device
+        context = ctypes.c_void_p(None)
+        self.cuda.cuStreamGetCtx(stream, ctypes.byref(context))
+        if context.value == self._context:
+            return self.device
+        # Another device's, or a context that shares this device.
+        number = ctypes.c_int(-1)
+        with _pushed(self.cuda, context.value):
+            self.cuda.cuCtxGetDevice(ctypes.byref(number))
+        return number.value
 
     def close(self) -> None:
         """Unload the kernels; closing twice is fine.  Nothing may be running any more."""
@@ -291,6 +316,42 @@ def _shared(device: int) -> KernelCache:
     return KernelCache(device, _compiler())
 
 
+@functools.cache
+def _driver() -> Cuda:
+    cuda = Cuda(load("cuda"))
+    cuda.cuInit(0)
+    return cuda
+
+
+@contextlib.contextmanager
+def relaxed_capture(cuda: Cuda | None = None) -> Iterator[None]:
+    """Let the calling thread allocate, load and wait while other threads capture CUDA graphs.
+
+    PyTorch captures in CUDA's global mode, in which an unsafe call of *any* thread (cudaMalloc,
+    cudaFree, an event query, a module load) fails and spoils the capture.  Inside this block the
+    calling thread is exempt.  It says nothing about streams: work for a stream that is being
+    captured must be refused before (CaptureError).
+
+    Parameters
+    ----------
+    cuda:
+        The driver; ``None`` is this process's.
+
+    Notes
+    -----
+    Source: cuda.h, ``cuThreadExchangeStreamCaptureMode``.  What waits for a whole device or context
+    still conflicts with every capture on it.
+    """
+    if cuda is None:
+        cuda = _driver()
+    mode = ctypes.c_int(_RELAXED)
+    cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))  # mode is the former one from here
+    try:
+        yield
+    finally:
+        cuda.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
 @contextlib.contextmanager
 def _pushed(cuda: Cuda, context: int | None) -> Iterator[None]:
     cuda.cuCtxPushCurrent_v2(context)
@@ -302,7 +363,7 @@ def _pushed(cuda: Cuda, context: int | None) -> Iterator[None]:
 
 def _unload(cuda: Cuda, context: int | None, device: int, modules: dict[str, int]) -> None:
     """Give the modules and the context back; errors at this point help no one."""
-    with contextlib.suppress(LibraryError):
+    with contextlib.suppress(LibraryError), relaxed_capture(cuda):
         with _pushed(cuda, context):
             while modules:
                 cuda.cuModuleUnload(modules.popitem()[1])
