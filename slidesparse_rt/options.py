@@ -1,13 +1,18 @@
-"""Options as frozen, keyword-only dataclasses, checked when they are made."""
+"""Options as frozen, keyword-only dataclasses, checked when they are made; scales likewise."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 
+import numpy as np
+
+from .dtypes import OPERANDS, SCALE_FLOOR, Operand
 from .errors import OptionError
 
-__all__ = ["PlanOptions", "worker_count"]
+__all__ = ["PlanOptions", "checked_x_scale", "worker_count"]
 
 _LEAST_WORKSPACE = 1 << 20
 
@@ -52,3 +57,31 @@ def worker_count(threads: int | None) -> int:
             f"threads is {threads!r}; allowed is None or a whole number from 1 to 1024"
         )
     return threads
+
+
+def checked_x_scale(x_scale: object, target: Operand) -> np.float32:
+    """The activation scale ``x_scale`` rounded to float32, fit to quantize to ``target`` with.
+
+    Raises OptionError for a format that has no scales, and for anything but a number from
+    ``SCALE_FLOOR`` to the largest float32.
+    """
+    seen, value = f"of type {type(x_scale).__name__}", np.nan
+    if isinstance(x_scale, (bool, str)):
+        seen = repr(x_scale)
+    elif isinstance(x_scale, Real):
+        with suppress(OverflowError):  # an int that no float can hold
+            value = float(x_scale)
+            seen = repr(x_scale)
+    if target.q_max is None:
+        scaled = " or ".join(f"dtype={row.name!r}" for row in OPERANDS if row.scaled)
+        raise OptionError(
+            f"x_scale is {seen}, but {target.name} activations have no scales; omit x_scale=, or "
+            f"use {scaled}"
+        )
+    if not float(SCALE_FLOOR) <= value <= float(np.finfo(np.float32).max):
+        raise OptionError(
+            f"x_scale is {seen}; allowed is None (each token's own scale, measured in every run) "
+            f"or one number from 2**-126 to 3.4028e38 for all tokens; take the largest magnitude "
+            f"that calibration saw in x, divided by {target.q_max:g}"
+        )
+    return np.float32(value)

@@ -34,7 +34,7 @@ from .errors import (
     PlanClosed,
     ShapeError,
 )
-from .options import PlanOptions
+from .options import PlanOptions, checked_x_scale
 from .packing.weight import SparseWeight
 from .pattern import Pattern
 
@@ -60,6 +60,10 @@ class SparseGemmPlan:
         Shape (N,), added in float32; or ``None``.
     out_dtype:
         "float32", "float16" or "bfloat16"; ``None`` takes the type of each ``x``.
+    x_scale:
+        One scale for the activations of every token (static quantization), as calibration found it
+        offline; a positive number that float32 holds, for "int8" and "fp8_e4m3".  ``None``: each
+        token's own, measured in every run.
     backend:
         "auto", or the name of one backend, which then runs or raises: nothing is substituted.
     device:
@@ -95,6 +99,7 @@ class SparseGemmPlan:
         dtype: str | Operand | None = None,
         bias: Any = None,
         out_dtype: str | None = None,
+        x_scale: float | None = None,
         backend: str = "auto",
         device: Any = None,
         options: PlanOptions | None = None,
@@ -105,6 +110,8 @@ class SparseGemmPlan:
             raise OptionError(f"options is {options!r}; allowed is a PlanOptions or None")
         self._out_type = None if out_dtype is None else array_type(out_dtype)
         home, source = _intake(weight, pattern, dtype)
+        target = source.dtype if isinstance(source, SparseWeight) else source.operand
+        self._x_scale = None if x_scale is None else checked_x_scale(x_scale, target)
         if device is not None:
             self._device = Device.parse(device)
         else:
@@ -127,7 +134,7 @@ class SparseGemmPlan:
             self._weight = source
         self._bias = _checked_bias(bias, self._problem.n)
         self._prepared = self._choice.backend.prepare(
-            source, self._bias, self._device, self._options
+            source, self._bias, self._device, self._options, x_scale=self._x_scale
         )
         self._lock = threading.Lock()
         if self._device != CPU:
@@ -274,6 +281,8 @@ class SparseGemmPlan:
             f"most {float(pattern.speed_bound):.3f} x dense speed on sparse tensor cores",
             f"  memory: {self.nbytes:,} bytes held",
         ]
+        if self._x_scale is not None:
+            lines.append(f"  activations: one scale for all tokens, {self._x_scale!s} (static)")
         lines += [f"  refused {name}: {why}" for name, why in self._choice.refused.items()]
         if self._closed:
             lines.append("  closed")
@@ -355,6 +364,7 @@ def sparse_matmul(
     dtype: str | Operand | None = None,
     bias: Any = None,
     out_dtype: str | None = None,
+    x_scale: float | None = None,
     out: Any = None,
     backend: str = "auto",
     options: PlanOptions | None = None,
@@ -371,6 +381,7 @@ def sparse_matmul(
         dtype=dtype,
         bias=bias,
         out_dtype=out_dtype,
+        x_scale=x_scale,
         backend=backend,
         device=None if needs_gpu(backend) and device_of(x, "x") == CPU else device_of(x, "x"),
         options=options,

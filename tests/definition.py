@@ -108,45 +108,52 @@ def e4m3_value(code: int) -> float:
     return -E4M3_MAGNITUDES[code & 0x7F] if code & 0x80 else E4M3_MAGNITUDES[code]
 
 
-def row_scales(row: Sequence[float], q_max: float) -> tuple[float, float]:
-    """(scale, reciprocal) of a row of float32 numbers."""
+def row_scales(
+    row: Sequence[float], q_max: float, given: float | None = None
+) -> tuple[float, float]:
+    """(scale, reciprocal) of a row of float32 numbers; ``given``: the scale to use, a float32."""
     peak = max((abs(v) if not math.isnan(v) else INF) for v in row)
-    if peak == 0:
-        return 1.0, 0.0
     if peak == INF:
         return math.nan, 0.0
+    if given is not None:
+        return given, div(1.0, given)
+    if peak == 0:
+        return 1.0, 0.0
     peak = max(peak, q_max * 2.0**-126)
     return div(peak, q_max), div(q_max, peak)
 
 
-def quantize_int8(row: Sequence[float]) -> tuple[float, list[int]]:
+def quantize_int8(row: Sequence[float], given: float | None = None) -> tuple[float, list[int]]:
     """Scale and integers of one row."""
-    scale, reciprocal = row_scales(row, 127.0)
+    scale, reciprocal = row_scales(row, 127.0, given)
     if reciprocal == 0:
         return scale, [0] * len(row)
-    return scale, [max(-127, min(127, round(Fraction(mul(v, reciprocal))))) for v in row]
+    scaled = [max(-127.0, min(127.0, mul(v, reciprocal))) for v in row]  # may be infinite
+    return scale, [round(Fraction(v)) for v in scaled]
 
 
-def quantize_fp8(row: Sequence[float]) -> tuple[float, list[int]]:
+def quantize_fp8(row: Sequence[float], given: float | None = None) -> tuple[float, list[int]]:
     """Scale and E4M3 codes of one row; zeros keep the sign that rounding gives them."""
-    scale, reciprocal = row_scales(row, 448.0)
+    scale, reciprocal = row_scales(row, 448.0, given)
     if reciprocal == 0:
         return scale, [0] * len(row)
     return scale, [e4m3_code(mul(v, reciprocal)) for v in row]
 
 
-def gemm(x: Any, w: Any, bias: Any, dtype: str, cast: Any) -> list[list[float]]:
+def gemm(
+    x: Any, w: Any, bias: Any, dtype: str, cast: Any, x_scale: float | None = None
+) -> list[list[float]]:
     """``cast((f32(sum) * s_m) * s_n + bias)`` for "int8" and "fp8_e4m3", element by element."""
 
-    def quantized(row: Sequence[float]) -> tuple[float, list[Fraction]]:
+    def quantized(row: Sequence[float], given: float | None) -> tuple[float, list[Fraction]]:
         if dtype == "int8":
-            scale, codes = quantize_int8(row)
+            scale, codes = quantize_int8(row, given)
             return scale, [Fraction(code) for code in codes]
-        scale, codes = quantize_fp8(row)
+        scale, codes = quantize_fp8(row, given)
         return scale, [Fraction(e4m3_value(code)) for code in codes]
 
-    tokens = [quantized(row) for row in _rows(x)]
-    channels = [quantized(row) for row in _rows(w)]
+    tokens = [quantized(row, x_scale) for row in _rows(x)]
+    channels = [quantized(row, None) for row in _rows(w)]
     offsets = [None] * len(channels) if bias is None else _rows(np.atleast_2d(bias))[0]
     result = []
     for s_m, q_m in tokens:

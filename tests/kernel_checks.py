@@ -151,18 +151,14 @@ def check_quantize(
 
 
 def quantize_with(x: np.ndarray, out: str, given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The definition for given scales: docs/kernels.md."""
-    row = operand(out)
-    wide = x.astype(np.float32)
-    good = np.isfinite(wide).all(axis=1) & np.isfinite(given) & (given >= SCALE_FLOOR)
-    scales = np.where(good, given, np.float32(np.nan)).astype(np.float32)
-    with np.errstate(all="ignore"):
-        r = np.float32(1) / np.where(good, given, np.float32(1)).astype(np.float32)
-        scaled = np.clip(wide * r[:, None], -row.q_max, row.q_max)
-    if row.name == "int8":
-        scaled = np.rint(scaled)
-    scaled[~good] = 0
-    return scaled.astype(row.dtype), scales
+    """The definition for a given scale for each row; a scale out of range gives NaN and zeros."""
+    values = np.zeros(x.shape, operand(out).dtype)
+    scales = np.full(len(x), np.nan, np.float32)
+    for row, scale in enumerate(given):
+        if np.isfinite(scale) and scale >= SCALE_FLOOR:
+            rows = slice(row, row + 1)
+            values[rows], scales[rows] = quantize_tokens(x[rows], out, x_scale=scale)
+    return values, scales
 
 
 def check_weight_quantize(machine: Any, w: np.ndarray, out: str) -> None:

@@ -22,11 +22,18 @@ E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 #: Types of arrays that cross the API.
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 OPERAND_NAMES = ("int8", "fp8_e4m3", "bf16", "fp16")
+F32_MAX = float(np.finfo(np.float32).max)
 
 patterns = st.sampled_from(PATTERNS)
 floats = st.sampled_from(FLOATS)
 operand_names = st.sampled_from(OPERAND_NAMES)
 seeds = st.integers(0, 2**32 - 1)
+#: Activation scales that may be given, from the smallest to the largest: all exact in float32.
+x_scales = st.builds(
+    lambda exponent, mantissa: min((1 + mantissa / 2**23) * 2.0**exponent, F32_MAX),
+    st.one_of(st.integers(-12, 4), st.integers(-126, 127)),
+    st.integers(0, 2**23 - 1),
+)
 
 
 @st.composite

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import FrozenInstanceError
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
+from strategies import F32_MAX
 
+from slidesparse_rt.dtypes import operand
 from slidesparse_rt.errors import OptionError
-from slidesparse_rt.options import PlanOptions, worker_count
+from slidesparse_rt.options import PlanOptions, checked_x_scale, worker_count
 
 
 def test_defaults() -> None:
@@ -62,3 +67,47 @@ def test_none_without_affinity_counts_all_cores(monkeypatch: pytest.MonkeyPatch)
     assert worker_count(None) == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert worker_count(None) == 1
+
+
+@pytest.mark.parametrize(
+    "x_scale",
+    [0.1, 1, 2.0**-126, F32_MAX, np.float32(3), np.float64(0.3), np.int8(3), Fraction(1, 3)],
+)
+def test_activation_scales_are_rounded_to_float32(x_scale: Any) -> None:
+    for name in ("int8", "fp8_e4m3"):
+        found = checked_x_scale(x_scale, operand(name))
+        assert type(found) is np.float32
+        assert found == np.float32(float(x_scale))
+
+
+@pytest.mark.parametrize(
+    ("x_scale", "seen"),
+    [
+        *((bad, repr(bad)) for bad in (0, 0.0, -0.0, -1.5, np.nan, np.inf, -np.inf, True, "0.1")),
+        *((bad, repr(bad)) for bad in (2.0**-127, 3.5e38, 1e300, Fraction(1, 2**2000))),
+        (10**5000, "of type int"),
+        ([0.1], "of type list"),
+        (np.float32([0.1, 0.2]), "of type ndarray"),
+        (1 + 2j, "of type complex"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_other_activation_scales_are_refused(x_scale: Any, seen: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        checked_x_scale(x_scale, operand("fp8_e4m3"))
+    message = str(caught.value)
+    assert message.startswith(f"x_scale is {seen}")
+    assert "allowed is None (each token's own scale, measured in every run)" in message
+    assert "one number from 2**-126 to 3.4028e38 for all tokens" in message
+    assert message.endswith("divided by 448")
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("x_scale", [1.0, "x"])
+def test_formats_without_scales_take_no_activation_scale(name: str, x_scale: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        checked_x_scale(x_scale, operand(name))
+    assert str(caught.value) == (
+        f"x_scale is {x_scale!r}, but {name} activations have no scales; omit x_scale=, or use "
+        f"dtype='int8' or dtype='fp8_e4m3'"
+    )

@@ -126,23 +126,24 @@ def rows_of_every_kind(rng: np.random.Generator) -> Array:
 @pytest.mark.parametrize(
     ("name", "q_max", "kind"), [("quantize_int8", 127, np.int8), ("quantize_fp8", 448, np.uint8)]
 )
+@pytest.mark.parametrize("scale", [0, 0.037])
 @given(seed=seeds)
-def test_quantize(name: str, q_max: int, kind: Any, seed: int) -> None:
+def test_quantize(name: str, q_max: int, kind: Any, scale: float, seed: int) -> None:
     x = rows_of_every_kind(np.random.default_rng(seed))
     kernel = getattr(_kernels, name)
     results = []
     for run in (python(kernel), kernel):
         out, scales = np.full(x.shape, 55, kind), np.full(len(x), 55, np.float32)
-        run(x, np.float32(q_max), SCALE_FLOOR, out, scales)
+        run(x, np.float32(q_max), SCALE_FLOOR, np.float32(scale), out, scales)
         results.append((out.tobytes(), scales.view(np.uint32) & 0x7FFFFFFF))
     assert results[0][0] == results[1][0]
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
-@given(seeds)
-def test_row_scale(seed: int) -> None:
+@given(seeds, st.sampled_from((0, 0.037)))
+def test_row_scale(seed: int, scale: float) -> None:
     for row in rows_of_every_kind(np.random.default_rng(seed)):
-        arguments = (row.view(np.uint32), np.float32(127), SCALE_FLOOR)
+        arguments = (row.view(np.uint32), np.float32(127), SCALE_FLOOR, np.float32(scale))
         np.testing.assert_array_equal(
             python(_kernels._row_scale)(*arguments), _kernels._row_scale(*arguments)
         )

@@ -315,6 +315,31 @@ def test_explain_says_what_runs_and_why() -> None:
         named = ss.SparseGemmPlan(made.weight, backend="reference").explain()
         assert "(asked for: reference; it was asked for)" in named
         assert "refused" not in named
+        assert "activations" not in text
+
+
+def test_one_scale_for_all_tokens() -> None:
+    """Against the definition; a token that is not finite still spoils its own row alone."""
+    weight, x, bias = fitted("6:8", 5, 24), tokens(4, 24), tokens(5)
+    packed = ss.SparseWeight.from_array(weight, "6:8", dtype="fp8_e4m3")
+    x[1] = 0
+    for dtype in ("int8", "fp8_e4m3"):
+        expected = np.array(
+            definition.gemm(x, weight, bias, dtype, definition.f32, float(np.float32(0.037)))
+        )
+        source = {"weight": weight, "pattern": "6:8", "dtype": dtype}
+        with ss.SparseGemmPlan(**source, bias=bias, x_scale=0.037) as made:
+            np.testing.assert_array_equal(made.run(x), expected)
+            assert "activations: one scale for all tokens, 0.037 (static)" in made.explain()
+            bad = x.copy()
+            bad[2, 3] = np.inf
+            y = made.run(bad)
+            assert np.isnan(y[2]).all()
+            np.testing.assert_array_equal(y[[0, 1, 3]], expected[[0, 1, 3]])
+        again = ss.sparse_matmul(x, **source, bias=bias, x_scale=0.037)
+        np.testing.assert_array_equal(again, expected)
+        assert not np.array_equal(ss.sparse_matmul(x, **source, bias=bias), expected)
+    np.testing.assert_array_equal(ss.sparse_matmul(x, packed, bias=bias, x_scale=0.037), expected)
 
 
 def test_prepare_on_the_cpu_checks_its_arguments(small: ss.SparseGemmPlan) -> None:
@@ -341,8 +366,10 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
     class Gpu:
         name = "dense"
 
-        def prepare(self, source: Any, bias: Any, device: Device, options: Any) -> Held:
-            calls.append((type(source).__name__, bias, str(device), options.threads))
+        def prepare(
+            self, source: Any, bias: Any, device: Device, options: Any, *, x_scale: Any
+        ) -> Held:
+            calls.append((type(source).__name__, bias, str(device), options.threads, x_scale))
             return Held()
 
     class Runner:
@@ -368,7 +395,9 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setattr(gpu_run, "GpuRunner", Runner)
     options = ss.PlanOptions(threads=1)
-    with ss.SparseGemmPlan(fitted("6:8", 4, 16), "6:8", device="cuda:1", options=options) as made:
+    with ss.SparseGemmPlan(
+        fitted("6:8", 4, 16), "6:8", device="cuda:1", options=options, x_scale=0.1
+    ) as made:
         assert (made.device, made.backend, made.weight) == ("cuda:1", "dense", None)
         assert made.nbytes == 77
         assert made.run("x", out="out", stream=5) == "result"
@@ -376,7 +405,7 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
         assert "refused x: why" in made.explain()
     half = array_type("float16")
     assert calls == [
-        ("RawWeight", None, "cuda:1", 1),
+        ("RawWeight", None, "cuda:1", 1, np.float32(0.1)),
         ("x", None, "out", 5),
         ([3], half, half, 6),
         "runner closed",

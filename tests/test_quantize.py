@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import (
     BFLOAT16,
     E4M3,
+    F32_MAX,
     FLOATS,
     KINDS,
     LAYOUTS,
@@ -24,6 +25,7 @@ from strategies import (
     numbers,
     same_bits,
     seeds,
+    x_scales,
 )
 from tolerances import quantization
 
@@ -32,18 +34,17 @@ from slidesparse_rt.dtypes import SCALE_FLOOR, operand
 from slidesparse_rt.packing import _rows, quantize_tokens
 from slidesparse_rt.packing.quantize import dequantize, positive_zeros
 
-F32_MAX = float(np.finfo(np.float32).max)
 TINY = float(np.float32(2.0**-149))
 
 
-def by_definition(x: Array, dtype: str) -> tuple[Array, Array | None]:
+def by_definition(x: Array, dtype: str, x_scale: float | None = None) -> tuple[Array, Array | None]:
     """Values and scales by the scalar definition; fp8 zeros keep their sign."""
     rows = x.astype(np.float64).tolist()
     if dtype == "int8":
-        found = [definition.quantize_int8(row) for row in rows]
+        found = [definition.quantize_int8(row, x_scale) for row in rows]
         values = np.array([codes for _, codes in found], np.int8)
     elif dtype == "fp8_e4m3":
-        found = [definition.quantize_fp8(row) for row in rows]
+        found = [definition.quantize_fp8(row, x_scale) for row in rows]
         values = np.array([codes for _, codes in found], np.uint8).view(E4M3)
     else:
         cast = definition.f16 if dtype == "fp16" else definition.bf16
@@ -119,6 +120,52 @@ def test_tokens_are_quantized_by_the_definition(x: Array, dtype: str, data: st.D
     assert np.isnan(scales[lost]).all()
     assert (values[lost].astype(np.float32) == 0).all()
     assert same_bits(scales[~lost], wanted[~lost])
+
+
+@given(rows_of_scales(), st.sampled_from(("int8", "fp8_e4m3")), x_scales, st.data())
+def test_a_given_scale_is_used_by_the_definition(
+    x: Array, dtype: str, x_scale: float, data: st.DataObject
+) -> None:
+    """For rows of zeros too; rows that are not finite have none."""
+    x = x.copy()
+    for bad in data.draw(st.lists(st.sampled_from((np.nan, np.inf, -np.inf)), max_size=2)):
+        row = data.draw(st.integers(0, x.shape[0] - 1))
+        x[row, data.draw(st.integers(0, x.shape[1] - 1))] = bad
+    values, scales = quantize_tokens(x, dtype, x_scale=x_scale)
+    expected, _ = by_definition(x, dtype, x_scale)
+    assert same_bits(values, expected)
+    lost = ~np.isfinite(x).all(axis=1)
+    assert scales is not None
+    assert np.isnan(scales[lost]).all()
+    assert (scales[~lost] == x_scale).all()
+
+
+def test_a_given_scale_is_rounded_to_float32_and_limits() -> None:
+    x = np.float32([[0.05, 0.15, -0.25, 100, -1e30], [0, -0.0, 0, 0, 0]])
+    values, scales = quantize_tokens(x, "int8", x_scale=0.1)
+    assert scales is not None
+    assert (scales == np.float32(0.1)).all()
+    # 0.05 and -0.25 over float32's 0.1 are 0.5 and -2.5 once rounded: ties go to even.
+    assert values.tolist() == [[0, 2, -2, 127, -127], [0, 0, 0, 0, 0]]
+    values, scales = quantize_tokens(x, "fp8_e4m3", x_scale=0.1)
+    assert values.astype(np.float32).tolist() == [[0.5, 1.5, -2.5, 448, -448], [0, 0, 0, 0, 0]]
+    assert values.view(np.uint8)[1].tolist() == [0, 0x80, 0, 0, 0]
+    with pytest.raises(ss.OptionError, match=r"x_scale is 0\.0; allowed"):
+        quantize_tokens(x, "int8", x_scale=0.0)
+
+
+@given(rows_of_scales(), st.sampled_from(("int8", "fp8_e4m3")), x_scales)
+def test_error_bounds_hold_with_a_given_scale(x: Array, dtype: str, x_scale: float) -> None:
+    """Within what the scale covers they are those of measured scales; beyond, what is cut off."""
+    x_scale = min(x_scale, 2.0**126)
+    values, scales = quantize_tokens(x, dtype, x_scale=x_scale)
+    assert scales is not None
+    exact, most = x.astype(np.float64), operand(dtype).q_max * x_scale
+    back = values.astype(np.float64) * x_scale
+    bound = quantization(exact, scales, dtype)
+    inside = np.abs(exact) <= most
+    assert (np.abs(exact - back) <= bound)[inside].all()
+    assert (back == np.copysign(most, exact))[~inside].all()
 
 
 @given(rows_of_scales(), st.sampled_from(OPERAND_NAMES))

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Array, extents, fitting_mask, numbers, patterns, same_bits, seeds
+from strategies import (
+    Array,
+    extents,
+    fitting_mask,
+    numbers,
+    patterns,
+    same_bits,
+    seeds,
+    x_scales,
+)
 
 import slidesparse_rt as ss
 from slidesparse_rt.arrays import CPU, Device
@@ -23,10 +32,13 @@ from slidesparse_rt.pattern import Pattern
 CASTS = {"float32": definition.f32, "float16": definition.f16, "bfloat16": definition.bf16}
 
 
-def launched(weight: Any, bias: Array | None, x: Array, out_type: str) -> Array:
+def launched(
+    weight: Any, bias: Array | None, x: Array, out_type: str, x_scale: float | None = None
+) -> Array:
     """What the backend computes."""
     backend = ReferenceBackend()
-    prepared = backend.prepare(weight, bias, CPU, PlanOptions())
+    given = None if x_scale is None else np.float32(x_scale)
+    prepared = backend.prepare(weight, bias, CPU, PlanOptions(), x_scale=given)
     kind = array_type(out_type)
     out = np.full((x.shape[0], weight.n), 99).astype(kind.dtype)
     problem = Problem(weight.n, weight.k, weight.pattern, weight.dtype)
@@ -49,19 +61,27 @@ def cases(draw: st.DrawFn) -> tuple[Array, Array, Array | None, Pattern]:
     return weight, x, bias, pattern
 
 
-@given(cases(), st.sampled_from(("int8", "fp8_e4m3")), st.sampled_from(sorted(CASTS)))
+@given(
+    cases(),
+    st.sampled_from(("int8", "fp8_e4m3")),
+    st.sampled_from(sorted(CASTS)),
+    st.none() | x_scales,
+)
 def test_the_bits_are_those_of_the_definition(
-    case: tuple[Array, Array, Array | None, Pattern], dtype: str, out_type: str
+    case: tuple[Array, Array, Array | None, Pattern],
+    dtype: str,
+    out_type: str,
+    x_scale: float | None,
 ) -> None:
     weight, x, bias, pattern = case
     made = ss.SparseWeight.from_array(weight, pattern, dtype=dtype)
-    found = launched(made, bias, x, out_type)
+    found = launched(made, bias, x, out_type, x_scale)
     if dtype == "fp8_e4m3":
         # Stored fp8 weights have no -0, which the definition's gemm does not see either.
         assert not np.signbit(made.values.astype(np.float32)[made.values == 0]).any()
-    expected = definition.gemm(x, weight, bias, dtype, CASTS[out_type])
+    expected = definition.gemm(x, weight, bias, dtype, CASTS[out_type], x_scale)
     np.testing.assert_array_equal(found.astype(np.float64), np.array(expected))
-    again = launched(made, bias, x, out_type)
+    again = launched(made, bias, x, out_type, x_scale)
     assert same_bits(found, again)
 
 

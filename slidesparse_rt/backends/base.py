@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from ..arrays import Device, NDArray
 from ..dtypes import ArrayType, Operand
 from ..options import PlanOptions
@@ -85,9 +87,13 @@ class Backend(Protocol):
         bias: NDArray | None,
         device: Device,
         options: PlanOptions,
+        *,
+        x_scale: np.float32 | None = None,
     ) -> Any:
         """Bring the weight (and the float32 bias, shape (N,)) into the backend's form, once.
 
+        ``x_scale`` is the scale of all activations (static quantization), as
+        :func:`~slidesparse_rt.options.checked_x_scale` returns it; ``None``: each token's own.
         A backend on the CPU gets a SparseWeight; one on a GPU may get a RawWeight, to check and
         quantize there.
         """

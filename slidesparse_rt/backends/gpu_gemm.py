@@ -13,9 +13,12 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+
+import numpy as np
 
 from ..arrays import Device, NDArray
 from ..device_arrays import DeviceArray
@@ -214,7 +217,13 @@ class GpuPrepared(ABC):
         if found is None:
             self._refuse_capture(stream, kind)
             found = quantizer(
-                self.device, kind, self.weight.operand, self.lift, self.weight.k, self.row_length
+                self.device,
+                kind,
+                self.weight.operand,
+                self.lift,
+                self.weight.k,
+                self.row_length,
+                given_scales=self.weight.x_scale != 0,
             )
             self._quantizers[kind.name] = found
         return found
@@ -261,7 +270,9 @@ class Step:
         stream: int,
     ) -> None:
         self._product = prepared.product(tokens, out_kind if direct else None, stream)
-        self._quantize = prepared.quantizer(x_kind, stream)
+        quantize: Callable[..., None] = prepared.quantizer(x_kind, stream)
+        x_scale = prepared.weight.x_scale
+        self._quantize = partial(quantize, given=x_scale) if x_scale else quantize
         self._dequantize = None if self._product.direct else prepared.dequantizer(out_kind, stream)
         self._layout = prepared.layout(self._product, tokens)
         self._tokens = tokens
@@ -340,6 +351,8 @@ class GpuBackend(ABC):
         bias: NDArray | None,
         device: Device,
         options: PlanOptions,
+        *,
+        x_scale: np.float32 | None = None,
     ) -> GpuPrepared:
         """Bring the weight to the GPU, check and quantize it there, and pack it."""
         gpu = gpu_device(device.index)
@@ -352,6 +365,8 @@ class GpuBackend(ABC):
                     weight.array, weight.pattern, weight.operand, bias, gpu, stream
                 )
             try:
+                if x_scale is not None:
+                    held.hold_x_scale(x_scale, stream)
                 return self.pack(held, options, stream)
             except BaseException:
                 held.close()

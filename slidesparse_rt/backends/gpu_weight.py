@@ -31,6 +31,8 @@ class GpuWeight:
         As of :class:`~slidesparse_rt.SparseWeight`.
     scales, bias:
         Device addresses of float32 vectors (N,); 0 where there is none.
+    x_scale:
+        Device address of the float32 scale of all activations; 0 where each token has its own.
     bias_exact_in:
         Names of the array types in which every bias value is exact.
     """
@@ -51,6 +53,7 @@ class GpuWeight:
         self._values: Buffer | None = None
         self._pitch = self.k  # elements from row to row of the values
         self._scales: Buffer | None = None
+        self._x_scale: Buffer | None = None
         self._biases: dict[str, Buffer] = {}
         exact = []
         if bias is not None:
@@ -68,6 +71,15 @@ class GpuWeight:
         return 0 if self._scales is None else self._scales.pointer
 
     @property
+    def x_scale(self) -> int:
+        """Device address of the scale of all activations, one float32; 0 without."""
+        return 0 if self._x_scale is None else self._x_scale.pointer
+
+    def hold_x_scale(self, x_scale: np.float32, stream: int) -> None:
+        """Bring the scale of all activations to the device."""
+        self._x_scale = self.device.upload(np.full(1, x_scale, np.float32), stream)
+
+    @property
     def bias(self) -> int:
         """Device address of the bias, float32 (N,); 0 without."""
         held = self._biases.get("float32")
@@ -80,8 +92,11 @@ class GpuWeight:
     @property
     def vector_bytes(self) -> int:
         """Bytes of scales and bias."""
-        held = [*self._biases.values(), *([self._scales] if self._scales else [])]
-        return sum(buffer.nbytes for buffer in held)
+        return sum(buffer.nbytes for buffer in self._vectors())
+
+    def _vectors(self) -> list[Buffer]:
+        scales = (self._scales, self._x_scale)
+        return [*self._biases.values(), *(buffer for buffer in scales if buffer is not None)]
 
     def slide(self, rows: int, pitch: int, stream: int) -> Buffer:
         """The values slid into a new zero-padded matrix (rows, pitch)."""
@@ -142,10 +157,10 @@ class GpuWeight:
     def close(self) -> None:
         """Give everything back."""
         self.drop_values()
-        for buffer in (*self._biases.values(), *([self._scales] if self._scales else [])):
+        for buffer in self._vectors():
             buffer.close()
         self._biases.clear()
-        self._scales = None
+        self._scales = self._x_scale = None
 
     def _refuse_overflow(self, stream: int) -> None:
         """Raise NonFiniteError if a finite weight overflowed its 16-bit type."""

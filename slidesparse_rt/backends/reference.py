@@ -37,6 +37,7 @@ _FLOAT32_EXACT = 1 << 24
 class _Prepared:
     weight: SparseWeight
     bias: NDArray | None
+    x_scale: np.float32 | None
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +48,7 @@ class _Prepared:
 
 
 class ReferenceBackend:
-    """Quantize per token, sum exactly, scale and add the bias in float32."""
+    """Quantize the tokens, sum exactly, scale and add the bias in float32."""
 
     name = "reference"
 
@@ -64,6 +65,8 @@ class ReferenceBackend:
         bias: NDArray | None,
         device: Device,
         options: PlanOptions,
+        *,
+        x_scale: np.float32 | None = None,
     ) -> _Prepared:
         """Keep the weight as it is."""
         del device
@@ -71,7 +74,7 @@ class ReferenceBackend:
             weight = SparseWeight.from_array(
                 weight.array, weight.pattern, dtype=weight.operand, threads=options.threads
             )
-        return _Prepared(weight, bias)
+        return _Prepared(weight, bias, x_scale)
 
     def candidates(self, problem: Problem) -> Sequence[Config]:
         """The one way."""
@@ -97,7 +100,9 @@ class ReferenceBackend:
         rows = max(1, _BLOCK // k)
         for start in range(0, x.shape[0], rows):
             tokens = slice(start, start + rows)
-            values, token_scales = quantize_tokens(x[tokens], weight.dtype)
+            values, token_scales = quantize_tokens(
+                x[tokens], weight.dtype, x_scale=prepared.x_scale
+            )
             left: NDArray = values.astype(wide)
             for first in range(0, weight.n, rows):
                 channels = slice(first, first + rows)

@@ -305,7 +305,12 @@ def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
     yield quantize_lift("float16", "int8", pattern, access=8)
     yield quantize_lift("float32", "int8", pattern, access=4)
     for out in ("int8", "fp8_e4m3"):
-        yield quantize_lift("bfloat16", out, pattern, given_scales=True)
+        for source in ARRAY_TYPES:
+            yield quantize_lift(source.name, out, pattern, given_scales=True)
+        yield quantize_lift("bfloat16", out, pattern, given_scales=True, vectors=8, threads=512)
+        yield quantize_lift("float32", out, pattern, given_scales=True, vectors=8, threads=1024)
+        yield quantize_lift("bfloat16", out, pattern, given_scales=True, tiled=True)
+        yield quantize_lift("bfloat16", out, pattern, given_scales=True, vectors=1, warp_row=True)
         yield quantize_lift("float32", out, pattern, weight=True, vectors=2)
     for acc in ("int32", "float32", "bfloat16"):
         for out_type in ARRAY_TYPES:

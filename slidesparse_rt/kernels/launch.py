@@ -509,11 +509,20 @@ class HasIndex(Protocol):
 
 
 def quantizer(
-    device: HasIndex, kind: ArrayType, target: Operand, lift: Pattern, columns: int, row_length: int
+    device: HasIndex,
+    kind: ArrayType,
+    target: Operand,
+    lift: Pattern,
+    columns: int,
+    row_length: int,
+    *,
+    given_scales: bool = False,
 ) -> Quantizer:
     """Return a :class:`Quantizer` on ``device``, with the device's shared kernels."""
     kernels = kernels_of(device.index)
-    return Quantizer(kernels, columns, kind.name, target.name, lift, row_length)
+    return Quantizer(
+        kernels, columns, kind.name, target.name, lift, row_length, given_scales=given_scales
+    )
 
 
 def dequantizer(device: HasIndex, sums_type: str, kind: ArrayType, columns: int) -> Dequantizer:

@@ -248,28 +248,31 @@ def unslide(bits: Any, out: Any, mask: Any, group: Any, windows: Any) -> Any:
 
 
 @_jit
-def _row_scale(bits: Any, q_max: Any, floor: Any) -> Any:
+def _row_scale(bits: Any, q_max: Any, floor: Any, given: Any) -> Any:
     """(scale, reciprocal) of one row from the bits of its float32 elements.
 
-    The reciprocal is 0 where all values shall be 0: a row of zeros, and one that is not finite.
+    ``given`` is the scale to use, or 0 to measure it.  The reciprocal is 0 where all values shall
+    be 0: a row that is not finite, and one of zeros whose scale is measured.
     """
     largest = np.uint32(0)
     for i in range(bits.size):
         largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-    if largest == 0:
-        return np.float32(1), np.float32(0)
     if largest >= np.uint32(0x7F800000):
         return np.float32(np.nan), np.float32(0)
+    if given != 0:
+        return given, np.float32(1) / given
+    if largest == 0:
+        return np.float32(1), np.float32(0)
     peak = max(np.uint32(largest).view(np.float32), np.float32(floor * q_max))
     return peak / q_max, q_max / peak
 
 
 @_jit
-def quantize_int8(x: Any, q_max: Any, floor: Any, out: Any, scales: Any) -> None:
+def quantize_int8(x: Any, q_max: Any, floor: Any, given: Any, out: Any, scales: Any) -> None:
     """Rows of float32 to int8: docs/numerics.md has the exact order of operations."""
     bits = x.view(np.uint32)
     for r in range(x.shape[0]):
-        scale, reciprocal = _row_scale(bits[r], q_max, floor)
+        scale, reciprocal = _row_scale(bits[r], q_max, floor, given)
         scales[r] = scale
         if reciprocal == 0:
             out[r, :] = 0
@@ -280,11 +283,11 @@ def quantize_int8(x: Any, q_max: Any, floor: Any, out: Any, scales: Any) -> None
 
 
 @_jit
-def quantize_fp8(x: Any, q_max: Any, floor: Any, out: Any, scales: Any) -> None:
+def quantize_fp8(x: Any, q_max: Any, floor: Any, given: Any, out: Any, scales: Any) -> None:
     """Rows of float32 to the bits of E4M3, rounded to nearest even and limited to +-q_max."""
     bits = x.view(np.uint32)
     for r in range(x.shape[0]):
-        scale, reciprocal = _row_scale(bits[r], q_max, floor)
+        scale, reciprocal = _row_scale(bits[r], q_max, floor, given)
         scales[r] = scale
         if reciprocal == 0:
             out[r, :] = 0

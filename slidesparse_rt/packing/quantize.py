@@ -8,6 +8,9 @@ Per row (an output channel of a weight, a token of an activation), all in float3
 3. ``q = round_half_even(x * r)`` limited to ``+-q_max``: integers for int8, the nearest E4M3 number
    for fp8.
 
+Activations may come with a scale ``s`` for all tokens.  Then ``scale = s`` and ``r = 1 / s`` for
+every row that is finite, a row of zeros included; step 3 is the same.
+
 Source: docs/numerics.md, which has the error bounds.
 """
 
@@ -21,6 +24,7 @@ import numpy as np
 from ..arrays import NDArray, as_matrix, wrap_numpy
 from ..dtypes import SCALE_FLOOR, Operand, operand
 from ..errors import NonFiniteError
+from ..options import checked_x_scale
 from ._rows import over_rows
 
 __all__ = ["dequantize", "quantize", "quantize_rows", "quantize_tokens"]
@@ -70,14 +74,22 @@ def quantize(weight: Any, dtype: str | Operand, *, threads: int | None = None) -
     return wrap_numpy(values, weight), None if scales is None else wrap_numpy(scales, weight)
 
 
-def quantize_tokens(x: NDArray, dtype: str | Operand) -> tuple[NDArray, NDArray | None]:
+def quantize_tokens(
+    x: NDArray, dtype: str | Operand, *, x_scale: float | np.float32 | None = None
+) -> tuple[NDArray, NDArray | None]:
     """Quantize activations per token: (M, K) to values (M, K) and scales (M,) float32 or None.
+
+    ``x_scale`` is the scale of all tokens, rounded to float32; ``None`` measures each token's own.
 
     A token that holds a NaN or an infinity gets scale NaN and values 0; for "bf16" and "fp16" all
     its values become NaN (also where a finite number overflows float16).  No other token changes.
+
+    Raises OptionError for an ``x_scale`` that :func:`~slidesparse_rt.options.checked_x_scale`
+    refuses.
     """
     row = operand(dtype)
-    values, scales = quantize_rows(x, row, threads=1)
+    given = None if x_scale is None else checked_x_scale(x_scale, row)
+    values, scales = quantize_rows(x, row, threads=1, given=given)
     if scales is None:
         values[~np.isfinite(values).all(axis=1)] = np.nan
     return values, scales
@@ -96,9 +108,12 @@ def dequantize(values: NDArray, scales: NDArray | None) -> NDArray:
 
 
 def quantize_rows(
-    x: NDArray, row: Operand, *, threads: int | None
+    x: NDArray, row: Operand, *, threads: int | None, given: np.float32 | None = None
 ) -> tuple[NDArray, NDArray | None]:
-    """Quantize each row of ``x`` (rows, columns) by the module's definition; nothing is refused."""
+    """Quantize each row of ``x`` (rows, columns) by the module's definition; nothing is refused.
+
+    ``given`` is the scale of all rows, in range; ``None`` measures each row's own.
+    """
     rows, columns = x.shape
     values = np.empty((rows, columns), row.dtype)
     if row.q_max is None:
@@ -113,6 +128,7 @@ def quantize_rows(
 
     scales = np.empty(rows, np.float32)
     q_max = np.float32(row.q_max)
+    scale = np.float32(0) if given is None else given
     from . import _kernels
 
     if row.name == "int8":
@@ -122,7 +138,7 @@ def quantize_rows(
 
     def quantized(start: int, stop: int) -> None:
         wide = np.ascontiguousarray(x[start:stop], dtype=np.float32)
-        kernel(wide, q_max, SCALE_FLOOR, out[start:stop], scales[start:stop])
+        kernel(wide, q_max, SCALE_FLOOR, scale, out[start:stop], scales[start:stop])
 
     over_rows(rows, columns, quantized, threads)
     return values, scales

@@ -100,10 +100,12 @@ def assert_same(found: Array, expected: Array) -> None:
     )
 
 
-def exact_parts(w: Array, x: Array, dtype: str) -> tuple[Array, Array]:
+def exact_parts(
+    w: Array, x: Array, dtype: str, x_scale: float | None = None
+) -> tuple[Array, Array]:
     """(x @ w.T, |x| @ |w|.T) of the quantized operands with their scales, in float64."""
     qw, sw = quantize(w, dtype)
-    qx, sx = quantize_tokens(np.ascontiguousarray(x), operand(dtype))
+    qx, sx = quantize_tokens(np.ascontiguousarray(x), operand(dtype), x_scale=x_scale)
     left, right = qx.astype(np.float64), qw.astype(np.float64)
     if sx is not None:
         left *= sx.astype(np.float64)[:, None]
@@ -119,9 +121,10 @@ def assert_near(
     bias: Array | None = None,
     *,
     sums: str = "float32",
+    x_scale: float | None = None,
 ) -> float:
     """Within the documented bound of float64 on the quantized operands; returns error / bound."""
-    exact, size = exact_parts(w, x, dtype)
+    exact, size = exact_parts(w, x, dtype, x_scale)
     # The sum's own error, and its rounding to the type that the library returns.
     allowed = size * (SUM_ERROR[dtype] + 2.0**-21) + 1.01 * ROUNDING[sums] * np.abs(exact)
     if bias is not None:
