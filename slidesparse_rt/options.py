@@ -29,10 +29,16 @@ class PlanOptions:
         Bytes of GPU workspace that quantized tokens and sums of one launch may take, at least 1
         MiB.  A product that would need more is done in several launches over tokens, each of 256
         tokens at least.  What a library needs besides (some megabytes) is not counted.
+    fuse_channel_scales:
+        For int8 on the backend "cusparselt", OptionError with any other: the product itself applies
+        the channel scales and writes bfloat16, so the second pass reads half the bytes.  Results
+        are rounded once more than the definition says, by up to 2**-8 of their size before the bias
+        is added, and differ from those of other backends (docs/numerics.md#fused-channel-scales).
     """
 
     threads: int | None = None
     workspace_limit: int = 2 << 30
+    fuse_channel_scales: bool = False
 
     def __post_init__(self) -> None:
         worker_count(self.threads)
@@ -41,6 +47,10 @@ class PlanOptions:
             raise OptionError(
                 f"workspace_limit is {limit!r}; allowed is a whole number of bytes from "
                 f"{_LEAST_WORKSPACE} (1 MiB) on"
+            )
+        if not isinstance(self.fuse_channel_scales, bool):
+            raise OptionError(
+                f"fuse_channel_scales is {self.fuse_channel_scales!r}; allowed are True and False"
             )
 
 

@@ -21,7 +21,7 @@ from .arrays import (
     wrap_numpy,
     writable_numpy,
 )
-from .backends import Choice, Problem, choose, needs_gpu
+from .backends import Choice, Problem, check_options, choose, needs_gpu
 from .backends.base import RawWeight
 from .backends.machine import gpu_refusal
 from .dtypes import ArrayType, Operand, array_type, operand
@@ -88,7 +88,8 @@ class SparseGemmPlan:
     Notes
     -----
     Numerics are defined in docs/numerics.md and are the same for every backend; int8 results are
-    identical to the bit.  A plan may be used from several threads.  It is a context manager.
+    identical to the bit, unless ``fuse_channel_scales`` is set in the options.  A plan may be used
+    from several threads.  It is a context manager.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class SparseGemmPlan:
         source = _readable(source, home)
         self._problem = _problem(source)
         self._choice: Choice = choose(backend, self._problem, self._device)
+        check_options(self._options, self._problem, self.backend)
         self._weight: SparseWeight | None = None
         if self._device == CPU and isinstance(source, RawWeight):
             source = SparseWeight.from_array(
@@ -283,6 +285,11 @@ class SparseGemmPlan:
         ]
         if self._x_scale is not None:
             lines.append(f"  activations: one scale for all tokens, {self._x_scale!s} (static)")
+        if self._options.fuse_channel_scales:
+            lines.append(
+                "  channel scales: fused into the product, which rounds to bfloat16; results "
+                "differ from the definition"
+            )
         lines += [f"  refused {name}: {why}" for name, why in self._choice.refused.items()]
         if self._closed:
             lines.append("  closed")

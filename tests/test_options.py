@@ -49,6 +49,15 @@ def test_other_workspace_limits_are_refused(limit: object) -> None:
     assert "from 1048576 (1 MiB) on" in str(caught.value)
 
 
+@pytest.mark.parametrize("fuse", [0, 1, None, "yes"])
+def test_fusing_is_true_or_false(fuse: Any) -> None:
+    assert PlanOptions(fuse_channel_scales=True).fuse_channel_scales
+    assert not PlanOptions().fuse_channel_scales
+    with pytest.raises(OptionError) as caught:
+        PlanOptions(fuse_channel_scales=fuse)
+    assert str(caught.value) == f"fuse_channel_scales is {fuse!r}; allowed are True and False"
+
+
 def test_options_are_frozen_and_keyword_only() -> None:
     with pytest.raises(FrozenInstanceError):
         PlanOptions().threads = 2  # type: ignore[misc]

@@ -81,3 +81,17 @@ def product(
         size = size + np.abs(bias)
     steps = 5 * U["float32"] * size * (1 + 2.0**-20)
     return operands + steps + rounding(size + steps, out)
+
+
+def fused(exact: Array, bias: Array | None, out: str) -> Array:
+    """Largest ``|y - (exact + bias)|`` of an int8 plan with ``fuse_channel_scales``.
+
+    ``exact`` is sum * token scale * channel scale, in float64 as the bias.  docs/numerics.md#fused-
+    channel-scales derives the bound before the bias; adding the bias rounds to float32 once, and
+    the cast to the result's type once more.
+    """
+    size = np.abs(exact)
+    error = size * U["bfloat16"] * (1 + 2.0**-14) + HALF_STEP["float32"]
+    total = size + error + (0 if bias is None else np.abs(bias))
+    error = error + total * U["float32"]
+    return error + rounding(total + error, out)

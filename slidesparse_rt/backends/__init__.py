@@ -9,10 +9,21 @@ from typing import Any
 from ..arrays import Device
 from ..errors import BackendUnavailable, OptionError
 from ..ffi.driver import probe
+from ..options import PlanOptions
 from .base import Backend, Config, Problem, Support
 from .machine import gpu_refusal
 
-__all__ = ["BACKENDS", "Backend", "Choice", "Config", "Problem", "Support", "choose", "needs_gpu"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Choice",
+    "Config",
+    "Problem",
+    "Support",
+    "check_options",
+    "choose",
+    "needs_gpu",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +44,8 @@ _ROWS = {
 }
 #: Major compute capability of the H100 and the H200.
 _HOPPER = 9
+#: The backend and the operand format for which ``PlanOptions(fuse_channel_scales=True)`` exists.
+_FUSING = ("cusparselt", "int8")
 #: What ``backend=`` takes.
 BACKENDS = ("auto", *_ROWS)
 
@@ -76,6 +89,23 @@ def choose(name: str, problem: Problem, device: Device) -> Choice:
             f"(backend={name!r}):\n{reasons}\n`slidesparse doctor` shows what is missing"
         )
     return Choice(chosen, refused, why)
+
+
+def check_options(options: PlanOptions, problem: Problem, name: str) -> None:
+    """Raise OptionError for an option that the backend ``name`` would have to ignore."""
+    if not options.fuse_channel_scales:
+        return
+    backend, dtype = _FUSING
+    wrong, mend = "", ""
+    if problem.dtype.name != dtype:
+        wrong, mend = f"the weight is {problem.dtype.name}", f"use dtype={dtype!r}"
+    elif name != backend:
+        wrong, mend = f"the backend is {name}", f"pass backend={backend!r}"
+    if wrong:
+        raise OptionError(
+            f"fuse_channel_scales is set, but {wrong}; allowed is {dtype} on {backend}: {mend}, or "
+            f"leave fuse_channel_scales out"
+        )
 
 
 def _order(problem: Problem, device: Device) -> tuple[list[str], str]:

@@ -7,16 +7,22 @@ bytes for X and of 32 bytes for W, counted in elements.
 
 int8 sums come as int32 and are exact; fp8 sums come as float32; bf16 and fp16 results come rounded
 to their own type.  Token scales are a second pass: the library cannot fuse scales for both sides.
+
+It can fuse those of the channels ("alpha vector"), for int8 with 16-bit results: alpha is then a
+device vector with a float32 for each row of D, and beta stays a number in host memory, as in
+PyTorch's use (aten/src/ATen/native/sparse/cuda/cuSPARSELtOps.cpp) and NVIDIA's samples.
+``PlanOptions(fuse_channel_scales=True)`` asks for it; results are bfloat16, whose range is
+float32's.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ..dtypes import ArrayType
-from ..errors import DeviceMemoryError, LibraryError
+from ..errors import DeviceMemoryError, LibraryError, OptionError
 from ..ffi.checked import DataType, HostScalar
 from ..ffi.cusparselt import (
     AlgAttribute,
@@ -24,10 +30,12 @@ from ..ffi.cusparselt import (
     Compute,
     Handle,
     MatDescriptor,
+    MatmulAttribute,
     MatmulDescriptor,
     MatmulPlan,
     Operation,
     SplitKMode,
+    Status,
 )
 from ..ffi.cusparselt import library as cusparselt_library
 from ..ffi.handles import SHARED
@@ -65,6 +73,8 @@ _FORMATS = {
     "bf16": _Format(DataType.BF16, DataType.BF16, "bfloat16", Compute.F32, (8, 0)),
     "fp16": _Format(DataType.F16, DataType.F16, "float16", Compute.F32, (8, 0)),
 }
+#: int8 with the channel scales fused.
+_FUSED = replace(_FORMATS["int8"], sums=DataType.BF16, sums_type="bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,11 @@ class Choice:
     split_k_mode: int
 
 
+def _one_and_zero() -> tuple[HostScalar, HostScalar]:
+    """Alpha and beta in host memory; the caller keeps them as long as their addresses are used."""
+    return HostScalar(ctypes.c_float, 1.0), HostScalar(ctypes.c_float, 0.0)
+
+
 class _Product:
     """A searched cuSPARSELt plan for one padded number of tokens."""
 
@@ -85,15 +100,15 @@ class _Product:
         self.scratch_bytes = scratch_bytes
         self._plan = plan
         self._weight = prepared.compressed.pointer
-        self._one = HostScalar(ctypes.c_float, 1.0)
-        self._zero = HostScalar(ctypes.c_float, 0.0)
+        self._one, self._zero = _one_and_zero()
+        self._alpha = prepared.alpha or self._one.address
 
     def launch(
         self, tokens: int, token_scales: int, target: int, scratch: int, stream: int
     ) -> None:
         del token_scales
         self._plan.matmul(
-            self._one.address,
+            self._alpha,
             self._weight,
             tokens,
             self._zero.address,
@@ -109,20 +124,33 @@ class CusparseltPrepared(GpuPrepared):
 
     def __init__(self, weight: GpuWeight, options: PlanOptions, stream: int) -> None:
         super().__init__(weight, weight.pattern, options)
-        format_ = _FORMATS[weight.operand.name]
+        self._fused: Buffer | None = None
+        format_ = _FUSED if options.fuse_channel_scales else _FORMATS[weight.operand.name]
         self.format = format_
         size = weight.operand.bits // 8
         self.token_multiple = 16 // size
         self.row_length = round_up(weight.pattern.slid_k(weight.k), 32 // size)
         self.padded_n = round_up(weight.n, 32 // size)
         self.sums_type = format_.sums_type
+        if options.fuse_channel_scales:
+            self._refuse_unless_fusing()
+            self._fused = weight.padded_scales(self.padded_n, stream)
         with weight.slide(self.padded_n, self.row_length, stream) as slid:
             self.compressed = self._compress(slid, stream)
         weight.drop_values()
 
     @property
     def operand_bytes(self) -> int:
-        return self.compressed.nbytes
+        return self.compressed.nbytes + (0 if self._fused is None else self._fused.nbytes)
+
+    @property
+    def alpha(self) -> int:
+        """Device address of the channel scales that the product applies; 0: it applies none."""
+        return 0 if self._fused is None else self._fused.pointer
+
+    @property
+    def channel_scales(self) -> int:
+        return 0 if self._fused is not None else super().channel_scales
 
     def can_write(self, kind: ArrayType, out: int, out_stride: int, tokens: int) -> bool:
         """Never: one of the two scales is always left to a second pass."""
@@ -145,6 +173,22 @@ class CusparseltPrepared(GpuPrepared):
 
     def release(self) -> None:
         self.compressed.close()
+        if self._fused is not None:
+            self._fused.close()
+
+    def _refuse_unless_fusing(self) -> None:
+        """Raise OptionError where the library has no product that applies channel scales."""
+        handle = self._handle()
+        try:
+            self._plan(handle, self.token_multiple, None)
+        except LibraryError as error:
+            if error.status != Status.NOT_SUPPORTED:
+                raise
+            raise OptionError(
+                f"fuse_channel_scales is set, but cuSPARSELt "
+                f"{version_text(handle.library.version)} cannot fuse them on {self.device.name} "
+                f"({error}); leave fuse_channel_scales out"
+            ) from error
 
     def _handle(self) -> Handle:
         return SHARED.cusparselt(self.device.index, around=partial(working_on, self.device.index))
@@ -179,6 +223,8 @@ class CusparseltPrepared(GpuPrepared):
         matmul = MatmulDescriptor(
             (Operation.T, Operation.N), (weight, tokens, sums, sums), row.compute
         )
+        if self.options.fuse_channel_scales:
+            matmul.set(MatmulAttribute.ALPHA_VECTOR_SCALING, 1)
         return AlgSelection(matmul)
 
     def _plan(self, handle: Handle, padded_tokens: int, choice: Choice | None) -> MatmulPlan:
@@ -199,6 +245,7 @@ class CusparseltPrepared(GpuPrepared):
             self.padded_n,
             self.row_length,
             self.weight.operand.name,
+            self.sums_type,
             bucket,
         )
         with self.device.lock:
@@ -212,7 +259,7 @@ class CusparseltPrepared(GpuPrepared):
         padded = round_up(bucket, self.token_multiple)
         selection = self._selection(handle, padded)
         plan = MatmulPlan(selection)
-        one, zero = HostScalar(ctypes.c_float, 1.0), HostScalar(ctypes.c_float, 0.0)
+        one, zero = _one_and_zero()
         size = self.weight.operand.bits // 8
         width = format_bytes(self.sums_type)
         with (
@@ -221,7 +268,7 @@ class CusparseltPrepared(GpuPrepared):
             self.device.allocate(max(plan.workspace_bytes(), _SEARCH_SCRATCH)) as scratch,
         ):
             plan.search(
-                one.address,
+                self.alpha or one.address,
                 self.compressed.pointer,
                 x.pointer,
                 zero.address,

@@ -137,6 +137,11 @@ class GpuPrepared(ABC):
     # What they share.
 
     @property
+    def channel_scales(self) -> int:
+        """Device address of the channel scales that the second pass applies; 0: none are left."""
+        return self.weight.scales
+
+    @property
     def nbytes(self) -> int:
         """Device memory held: the packed weight, scales and bias."""
         return self.operand_bytes + self.weight.vector_bytes
@@ -278,7 +283,7 @@ class Step:
         self._tokens = tokens
         self._padded_n = prepared.padded_n
         self._scaled = prepared.weight.operand.scaled
-        self._channel_scales = prepared.weight.scales
+        self._channel_scales = prepared.channel_scales
         self._bias = prepared.weight.bias
 
     @property

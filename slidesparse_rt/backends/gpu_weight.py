@@ -148,6 +148,15 @@ class GpuWeight:
         self.device.synchronize(stream)
         return out
 
+    def padded_scales(self, rows: int, stream: int) -> Buffer:
+        """The channel scales in a new vector of ``rows`` float32, zeros at its end."""
+        out = self.device.allocate(rows * 4)
+        self.device.clear(out.pointer, out.nbytes, stream)
+        held = self.n * 4
+        self.device.copy_rows(out.pointer, held, self.scales, held, held, 1, stream)
+        self.device.synchronize(stream)
+        return out
+
     def drop_values(self) -> None:
         """Give the plain values back, once a backend has its own form."""
         if self._values is not None:
