@@ -139,6 +139,30 @@ def test_out_of_memory_leaves_the_plan_usable(plan):
     assert (plan.run(x, out=out) == 0).all()
 
 
+def test_no_memory_for_a_result_has_a_name(plan):
+    """Half a terabyte, from an x that repeats one row; the plan works afterwards."""
+    import cupy
+    import torch
+
+    rows = 1 << 31
+    row = torch.zeros((1, K), device="cuda")
+    for x in (row.expand(rows, K), cupy.broadcast_to(cupy.asarray(row), (rows, K))):
+        with pytest.raises(ss.DeviceMemoryError, match="no memory on cuda:0 for a result of shape"):
+            plan.run(x)
+
+
+def test_numbers_of_tokens_that_cannot_be_prepared(plan):
+    for bad in (0, -1, True, 1.5, "4"):
+        with pytest.raises(ss.OptionError, match="whole numbers from 1 on"):
+            plan.prepare([bad])
+    with pytest.raises(ss.DTypeError, match="float64"):
+        plan.prepare([4], x_dtype="float64")
+    with pytest.raises(ss.OptionError, match="stream is"):
+        plan.prepare([4], stream="main")
+    with pytest.raises(ss.OptionError, match="per-thread default stream"):
+        plan.prepare([4], stream=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plans_leak_nothing(backend):
