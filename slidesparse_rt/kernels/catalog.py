@@ -17,11 +17,14 @@ from ..pattern import PATTERNS, WINDOW, Pattern
 __all__ = [
     "ARCHITECTURES",
     "FORMATS",
+    "HOPPER_SHARED_BYTES",
     "QUANTIZE_VECTORS",
     "KernelSpec",
     "catalogue",
     "dequantize",
     "format_bytes",
+    "hopper_gemm",
+    "hopper_pack",
     "quantize_lift",
     "quantize_threads",
     "weights",
@@ -282,6 +285,66 @@ def weights(entry: str, dtype: str, pattern: Pattern) -> KernelSpec:
     )
 
 
+#: Dynamic shared memory that a block of hopper_gemm may take.
+HOPPER_SHARED_BYTES = 227 * 1024
+
+
+def hopper_gemm(
+    dtype: str,
+    out_type: str,
+    *,
+    tokens: int,
+    blocks: int,
+    groups: int,
+    k_groups: bool,
+    stages: int,
+    splits: bool,
+    source: int,
+) -> KernelSpec:
+    """Return the sparse GEMM for Hopper.
+
+    Parameters
+    ----------
+    dtype:
+        Operand: "int8", "fp8_e4m3", "bf16" or "fp16".
+    out_type:
+        "float32", "float16" or "bfloat16".
+    tokens, blocks, groups, k_groups, splits:
+        See :class:`slidesparse_rt.kernels.hopper.HopperConfig`.
+    stages:
+        Stages of tokens in shared memory.
+    """
+    threads = (groups + 1) * 128
+    return _spec(
+        "hopper_gemm.cu",
+        "hopper_gemm",
+        hot=True,
+        max_threads=threads,
+        exact=True,
+        TYPE=_format(operand(dtype).dtype.name)[0],
+        OUT=_format(array_type(out_type).name)[0],
+        TOKENS=tokens,
+        BLOCKS=blocks,
+        GROUPS=groups,
+        KGROUPS=int(k_groups),
+        STAGES=stages,
+        SPLITS=int(splits),
+        SOURCE=source,
+    )
+
+
+def hopper_pack(dtype: str, source: int = 2) -> KernelSpec:
+    """Return the kernel that packs weights for :func:`hopper_gemm`; ``dtype`` as there."""
+    return _spec(
+        "hopper_pack.cu",
+        "hopper_pack",
+        hot=False,
+        max_threads=128,
+        TYPE=_format(operand(dtype).dtype.name)[0],
+        SOURCE=source,
+    )
+
+
 def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
     """Yield every kernel once for pattern 6:8, or (``all_patterns``) the lifting ones for each.
 
@@ -330,8 +393,10 @@ def _format(name: str) -> tuple[int, int]:
     return FORMATS[name]
 
 
-def _spec(source: str, entry: str, *, hot: bool, max_threads: int, **defines: int) -> KernelSpec:
-    return KernelSpec(source, entry, tuple(sorted(defines.items())), hot, max_threads)
+def _spec(
+    source: str, entry: str, *, hot: bool, max_threads: int, exact: bool = False, **defines: int
+) -> KernelSpec:
+    return KernelSpec(source, entry, tuple(sorted(defines.items())), hot, max_threads, exact)
 
 
 # The sources are written for windows of four.

@@ -78,6 +78,11 @@ class Cuda(CLibrary):
             "shared:u32 stream arguments extra",
         ),
         declare("cuMemsetD8Async", "address value:u32 bytes:size stream"),
+        declare(
+            "cuTensorMapEncodeTiled",
+            "map type:int rank:u32 address sizes strides box steps interleave:int swizzle:int "
+            "promotion:int fill:int",
+        ),
         declare("cuGetErrorName", "status:int text"),
     )
     STATUS: ClassVar[type[IntEnum]] = CudaStatus

@@ -1,0 +1,151 @@
+// What the Hopper GEMM asks of the hardware beyond primitives.cuh: barriers in shared memory, the copy
+// engine, warpgroups.  PTX ISA 8.0 and newer, sm_90a.
+#pragma once
+
+#include "primitives.cuh"
+
+// Dynamic shared memory at a multiple of 1024, as swizzled tiles need.
+#define SS_ALIGNED_STAGE(name) extern __shared__ __align__(1024) u8 name[]
+
+// A CUtensorMap: opaque, passed by value as a __grid_constant__ parameter.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
+// --- barriers in shared memory (mbarrier) ---------------------------------------------------------
+
+SS_DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+SS_DEVICE void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+}
+SS_DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(barrier) : "memory");
+}
+// Arrive, and let the phase also wait for `bytes` from the copy engine.
+SS_DEVICE void barrier_arrive_for_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               :
+               : "r"(barrier), "r"(bytes)
+               : "memory");
+}
+// Until the phase with this parity is over.
+SS_DEVICE void barrier_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni DONE;\n"
+      "bra.uni WAIT;\n"
+      "DONE:\n}\n"
+      :
+      : "r"(barrier), "r"(parity)
+      : "memory");
+}
+// Barrier `name` (1 to 15) among `threads` threads of the block.
+SS_DEVICE void named_barrier(u32 name, u32 threads) {
+  asm volatile("bar.sync %0, %1;" : : "r"(name), "r"(threads) : "memory");
+}
+// Count as arrived, without waiting for the others.
+SS_DEVICE void named_barrier_arrive(u32 name, u32 threads) {
+  asm volatile("bar.arrive %0, %1;" : : "r"(name), "r"(threads) : "memory");
+}
+
+// --- the copy engine ------------------------------------------------------------------------------
+
+// A box of a 2-dimensional tensor to shared memory; `barrier` counts the bytes.  What lies outside the
+// tensor becomes zeros and is counted too.
+SS_DEVICE void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3}], [%4];"
+      :
+      : "r"(target), "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+// Bytes that lie together, a multiple of 16.
+SS_DEVICE void copy_bytes(u32 target, const u8* from, u32 bytes, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      :
+      : "r"(target), "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+SS_DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
+}
+
+// --- warpgroups -----------------------------------------------------------------------------------
+
+template <int REGISTERS>
+SS_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}
+template <int REGISTERS>
+SS_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(REGISTERS));
+}
+// Before the first product, and after registers that products read or write were touched.
+SS_DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+SS_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+// Until at most PENDING committed groups are under way.
+template <int PENDING>
+SS_DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(PENDING) : "memory");
+}
+// A tile in shared memory whose rows are 128 bytes, swizzled over 128: eight rows are 1024 bytes.
+// PTX ISA, "Matrix descriptor format"; the second tile half of a row is 64 bytes (4 units) further.
+SS_DEVICE u64 rows_of_128(u32 address) {
+  constexpr u64 LAYOUT = (1ull << 62) | (static_cast<u64>(1024 >> 4) << 32) | (1ull << 16);
+  return LAYOUT | ((address & 0x3ffffu) >> 4);
+}
+// The same of rows of 64 bytes, swizzled over 64: eight rows are 512 bytes.
+SS_DEVICE u64 rows_of_64(u32 address) {
+  constexpr u64 LAYOUT = (2ull << 62) | (static_cast<u64>(512 >> 4) << 32) | (1ull << 16);
+  return LAYOUT | ((address & 0x3ffffu) >> 4);
+}
+
+// --- device memory --------------------------------------------------------------------------------
+
+// Weights: read once by a block, so not kept in L1.
+SS_DEVICE void load_weights(uint4& v, const u8* address) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address));
+}
+SS_DEVICE void load_weights(uint2& v, const u8* address) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(address));
+}
+SS_DEVICE void load_weights(u32& v, const u8* address) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(address));
+}
+// Results: written once and not read here, so the first to leave L2.
+SS_DEVICE void store_result(u8* address, u32 a) {
+  asm volatile("st.global.cs.u32 [%0], %1;" : : "l"(address), "r"(a) : "memory");
+}
+SS_DEVICE void store_result(u8* address, uint2 v) {
+  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" : : "l"(address), "r"(v.x), "r"(v.y) : "memory");
+}
+SS_DEVICE void store_result(u8* address, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+// Memory that other blocks of this launch write.
+SS_DEVICE u32 load_shared_by_blocks(const u32* address) {
+  u32 v;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+SS_DEVICE uint2 shared_load8(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+SS_DEVICE u32 atomic_next(u32* address) { return atomicAdd(address, 1u); }
+SS_DEVICE void fence_device() { __threadfence(); }

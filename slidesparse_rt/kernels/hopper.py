@@ -1,0 +1,395 @@
+"""Launching hopper_gemm.cu and hopper_pack.cu: how tiles are cut, and what a call does.
+
+Everything that does not change from call to call is worked out when the launcher is made; a call packs
+the arguments and launches, and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from dataclasses import dataclass
+
+from ..dtypes import array_type, operand
+from ..errors import OptionError, ShapeError
+from . import catalog
+from .geometry import MAX_INT
+from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES, unit_bytes
+from .launch import Launch
+from .loader import Cuda, Kernel, KernelCache
+
+__all__ = [
+    "HOPPER_PACK_ARGUMENTS",
+    "HopperConfig",
+    "HopperGemm",
+    "Tiling",
+    "pack_weights",
+    "tiling",
+]
+
+#: Kernel arguments of hopper_pack as codes of struct.
+HOPPER_PACK_ARGUMENTS = "QqQqi"
+#: Those of hopper_gemm after the tensor map.
+_GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiii"
+_MAP_BYTES = 128
+#: Shared memory that stages start at a multiple of.
+_STAGE_ALIGNMENT = 1024
+_GROUP_THREADS = 128
+_MOST_STAGES = 16
+
+# cuda.h: CUtensorMapDataType, ...Interleave, ...Swizzle, ...L2promotion, ...FloatOOBfill
+_UINT8 = 0
+_NOT_INTERLEAVED = 0
+_SWIZZLE_128B = 3
+_PROMOTE_256B = 3
+_FILL_ZEROS = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """How hopper_gemm cuts a product.
+
+    Attributes
+    ----------
+    tokens:
+        Tokens of a tile.
+    blocks:
+        Blocks of 64 channels of a warpgroup: 1 or 2.
+    groups:
+        Warpgroups that multiply: 2 or 4.
+    k_groups:
+        Whether they share the channels of a tile and take turns at K', instead of having channels
+        of their own.
+    splits:
+        Blocks of threads that share a tile, each with a part of K'.
+    tile_group:
+        Tiles of channels that are worked on side by side, for the sake of L2.
+    """
+
+    tokens: int
+    blocks: int
+    groups: int = 2
+    k_groups: bool = False
+    splits: int = 1
+    tile_group: int = 8
+    source: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Channels of a tile."""
+        return 64 * self.blocks * (1 if self.k_groups else self.groups)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the warpgroups that multiply and the one that loads."""
+        return (self.groups + 1) * _GROUP_THREADS
+
+    @property
+    def gather_bytes(self) -> int:
+        """Shared memory in which warpgroups add up their sums."""
+        if not self.k_groups:
+            return 0
+        return (self.groups - 1) * self.blocks * self.tokens // 2 * _GROUP_THREADS * 4
+
+    @property
+    def extra_bytes(self) -> int:
+        """Shared memory beside the stages: scales of tokens for each warp, sums, barriers."""
+        barriers = _MOST_STAGES * 16 + 16
+        return self.groups * 4 * self.tokens * 4 + self.gather_bytes + barriers
+
+    @property
+    def stages(self) -> int:
+        """Stages of tokens that shared memory holds beside that, an even number up to 16."""
+        room = catalog.HOPPER_SHARED_BYTES - self.extra_bytes
+        return min(_MOST_STAGES, room // self.stage_bytes)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: tokens, and weights where they pass through it."""
+        units = self.rows // 64 * unit_bytes(1) if self.source else 0
+        return self.tokens * STAGE_BYTES + -(-units // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.stages * self.stage_bytes + self.extra_bytes
+
+    @property
+    def name(self) -> str:
+        """For people: channels x tokens of a tile, and how K' is shared."""
+        shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
+        split = f", {self.splits} blocks share K'" if self.splits > 1 else ""
+        return f"{self.rows}x{self.tokens}{shared}{split}" + ("L", "R", "")[self.source]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """A product cut by a configuration.
+
+    Attributes
+    ----------
+    weight_tiles, token_tiles:
+        Tiles along N and along M.
+    partial_bytes:
+        Memory for the sums of blocks that share a tile; 0 where none do.
+    counters:
+        How many 32-bit counters, zero before the first launch, they need.
+    """
+
+    weight_tiles: int
+    token_tiles: int
+    partial_bytes: int
+    counters: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the product."""
+        return self.weight_tiles * self.token_tiles
+
+
+def tiling(config: HopperConfig, n: int, tokens: int) -> Tiling:
+    """Cut a product of ``n`` channels and ``tokens`` tokens."""
+    weight_tiles, token_tiles = -(-n // config.rows), -(-tokens // config.tokens)
+    tiles = weight_tiles * token_tiles
+    split = config.splits > 1
+    partial = tiles * config.splits * config.rows * config.tokens * 4 if split else 0
+    return Tiling(weight_tiles, token_tiles, partial, tiles if split else 0)
+
+
+class HopperGemm:
+    """A product of packed weights and quantized, lifted tokens: launches hopper_gemm.
+
+    Parameters
+    ----------
+    kernels:
+        The device's kernels; compute capability 9.0.
+    dtype:
+        Operand format: "int8", "fp8_e4m3", "bf16" or "fp16".
+    out_type:
+        "float32", "float16" or "bfloat16".
+    n:
+        Output channels (N).
+    slid_bytes:
+        Bytes of one row of the packed matrix, a multiple of 256.
+    row_bytes:
+        Bytes from one row of tokens to the next, a multiple of 16 and at most ``slid_bytes``.
+    tokens:
+        Tokens (M), at least 1.
+    config:
+        How to cut it.
+
+    Raises
+    ------
+    OptionError
+        If the configuration does not fit the product.
+    ShapeError
+        If a number is out of range.
+    CompileError, LibraryError
+        As :meth:`KernelCache.load`.
+    """
+
+    def __init__(
+        self,
+        kernels: KernelCache,
+        dtype: str,
+        out_type: str,
+        n: int,
+        slid_bytes: int,
+        row_bytes: int,
+        tokens: int,
+        config: HopperConfig,
+    ) -> None:
+        steps = slid_bytes // STEP_BYTES
+        if slid_bytes % STEP_BYTES or row_bytes % 16 or not 0 < row_bytes <= slid_bytes:
+            raise ShapeError(
+                f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of {STEP_BYTES} "
+                f"and of 16, the second not larger than the first"
+            )
+        turns = config.splits * (config.groups if config.k_groups else 1)
+        if turns > 1 and steps // config.splits < (config.groups if config.k_groups else 1):
+            raise OptionError(
+                f"{config.name} shares K' {turns} times, but it has {steps} steps of {STEP_BYTES} "
+                f"bytes; use a configuration that shares it less"
+            )
+        cut = tiling(config, n, tokens)
+        if cut.tiles * config.splits > MAX_INT // 2 or tokens > MAX_INT - config.tokens:
+            raise ShapeError(f"{tokens} tokens by {n} channels are too many for one launch")
+        self.tiling = cut
+        self._tokens, self._row_bytes, self._box = tokens, row_bytes, config.tokens
+        self._out_bytes = array_type(out_type).bits // 8
+        self._n = n
+        spec = catalog.hopper_gemm(
+            operand(dtype).name,
+            out_type,
+            tokens=config.tokens,
+            blocks=config.blocks,
+            groups=config.groups,
+            k_groups=config.k_groups,
+            stages=config.stages,
+            splits=config.splits > 1,
+            source=config.source,
+        )
+        self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
+        blocks = min(cut.tiles * config.splits, kernels.limits.sm_count)
+        self._call = _MapLaunch(kernels.cuda, self.kernel, _GEMM_ARGUMENTS)
+        self._shape = (blocks, config.threads, config.shared_bytes)
+        panels = -(-n // PANEL_ROWS)
+        self._sizes = (
+            tokens,
+            n,
+            steps,
+            panels,
+            cut.weight_tiles,
+            cut.token_tiles,
+            config.tile_group,
+            config.splits,
+        )
+        self._cuda = kernels.cuda
+        self._map: _TensorMap | None = None
+
+    def __call__(
+        self,
+        packed: int,
+        tokens: int,
+        token_scales: int,
+        channel_scales: int,
+        bias: int,
+        out: int,
+        out_stride: int,
+        partials: int,
+        counters: int,
+        stream: int,
+    ) -> None:
+        """Launch ``out = cast((W x) * token_scales * channel_scales + bias)``.
+
+        Parameters
+        ----------
+        packed:
+            Address of the packed weights, 16-byte aligned.
+        tokens:
+            Address of the quantized tokens (M, row bytes), 16-byte aligned.
+        token_scales, channel_scales, bias:
+            Addresses of float32 vectors (M), (N), (N); 0 leaves a step out.
+        out, out_stride:
+            Address, and elements from row to row.
+        partials, counters:
+            Memory as :attr:`tiling` says; counters are zero before the first launch and again
+            after each.
+        stream:
+            CUDA stream.
+        """
+        encoded = self._map
+        if encoded is None or encoded.address != tokens:
+            encoded = self._map = _TensorMap(
+                self._cuda, tokens, self._row_bytes, self._tokens, self._box
+            )
+        blocks, threads, shared = self._shape
+        size = self._out_bytes
+        vector = not (out % (4 * size) or out_stride % 4)
+        self._call(
+            encoded,
+            blocks,
+            threads,
+            shared,
+            stream,
+            packed,
+            token_scales,
+            channel_scales,
+            bias,
+            out,
+            out_stride,
+            partials,
+            counters,
+            *self._sizes,
+            int(vector),
+        )
+
+
+def pack_weights(
+    kernels: KernelCache, dtype: str, slid: int, rows: int, slid_bytes: int, out: int, stream: int, source: int = 2
+) -> None:
+    """Pack a slid matrix (rows, slid bytes) at ``slid`` into ``out``.
+
+    ``rows`` is a multiple of 128 and ``slid_bytes`` of 256; ``out`` has
+    :func:`~slidesparse_rt.kernels.hopper_layout.packed_bytes` bytes.
+    """
+    kernel = kernels.load(catalog.hopper_pack(dtype, source))
+    stages = slid_bytes // STAGE_BYTES
+    units = rows // 64 * stages
+    launch = Launch(kernels.cuda, kernel, HOPPER_PACK_ARGUMENTS)
+    launch(
+        min(units, 64 * kernels.limits.sm_count),
+        _GROUP_THREADS,
+        1,
+        0,
+        stream,
+        slid,
+        slid_bytes,
+        out,
+        units,
+        stages,
+    )
+
+
+class _TensorMap:
+    """A CUtensorMap of quantized tokens, as bytes: boxes of 128 bytes by ``box`` rows."""
+
+    __slots__ = ("_memory", "address", "location")
+
+    def __init__(self, cuda: Cuda, address: int, row_bytes: int, rows: int, box: int) -> None:
+        self.address = address
+        self._memory = ctypes.create_string_buffer(_MAP_BYTES + 64)
+        start = ctypes.addressof(self._memory)
+        self.location = -(-start // 64) * 64
+        two = ctypes.c_uint32 * 2
+        cuda.cuTensorMapEncodeTiled(
+            self.location,
+            _UINT8,
+            2,
+            address,
+            (ctypes.c_uint64 * 2)(row_bytes, rows),
+            (ctypes.c_uint64 * 1)(row_bytes),
+            two(STAGE_BYTES, box),
+            two(1, 1),
+            _NOT_INTERLEAVED,
+            _SWIZZLE_128B,
+            _PROMOTE_256B,
+            _FILL_ZEROS,
+        )
+
+
+class _MapLaunch:
+    """A launch whose first argument is a tensor map."""
+
+    __slots__ = ("_cuda", "_function", "_offsets", "_pack", "_run", "_size")
+
+    def __init__(self, cuda: Cuda, kernel: Kernel, layout: str) -> None:
+        self._cuda = cuda
+        self._function = kernel.function
+        self._offsets = [
+            struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)
+        ]
+        self._size = struct.calcsize(layout)
+        self._pack = struct.Struct(layout).pack_into
+        self._run = cuda.raw("cuLaunchKernel")
+
+    def __call__(
+        self,
+        encoded: _TensorMap,
+        blocks: int,
+        threads: int,
+        shared: int,
+        stream: int,
+        *arguments: int,
+    ) -> None:
+        values = ctypes.create_string_buffer(self._size)
+        start = ctypes.addressof(values)
+        self._pack(values, 0, *arguments)
+        pointers = (ctypes.c_void_p * (1 + len(self._offsets)))(
+            encoded.location, *(start + offset for offset in self._offsets)
+        )
+        status = self._run(
+            self._function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None
+        )
+        if status:
+            raise self._cuda.error("cuLaunchKernel", status, ())
