@@ -128,31 +128,16 @@ SS_DEVICE void fetch(Weights& held, u32 units, int p, int thread) {
   held.metadata = shared_load4(unit + 2 * HALF_BYTES + half * METADATA_STEP + thread * 4);
 }
 
-template <int N>
-struct Number {
-  static constexpr int value = N;
-};
-// Calls `body` with Number<0>, Number<1>, ... for the products of a stage.
-template <typename Body>
-SS_DEVICE void each_product(Body body) {
-  body(Number<0>());
-  body(Number<1>());
-  if constexpr (BLOCKS == 2) {
-    body(Number<2>());
-    body(Number<3>());
-  }
-}
-
-template <int P>
-SS_DEVICE void start_product(Sums& sums, const Weights& held, u32 tokens, u32 units, u32 counts) {
-  constexpr int HALF = P / BLOCKS, SELECTOR = WIDE ? HALF : 0;
-  const u64 descriptor = rows_of_128(tokens) + 4 * HALF;
+// Start product `p` of a stage.  Arguments are constants once the loops around it are unrolled.
+SS_DEVICE void start_product(Sums& sums, const Weights& held, u32 tokens, u32 units, int p) {
+  const int half = p / BLOCKS, selector = WIDE ? half : 0;
+  const u64 descriptor = rows_of_128(tokens) + 4 * half;
   products_fence();
   if constexpr (SOURCE == IN_SHARED) {
-    const u64 weights = rows_of_64(units + P % BLOCKS * UNIT) + 2 * HALF;
-    multiply<SELECTOR>(sums.of[P % BLOCKS], weights, descriptor, held.metadata, counts);
+    const u64 weights = rows_of_64(units + p % BLOCKS * UNIT) + 2 * half;
+    multiply(sums.of[p % BLOCKS], weights, descriptor, held.metadata, selector);
   } else {
-    multiply<SELECTOR>(sums.of[P % BLOCKS], held.values, descriptor, held.metadata, counts);
+    multiply(sums.of[p % BLOCKS], held.values, descriptor, held.metadata, selector);
   }
   products_commit();
 }
@@ -438,7 +423,10 @@ hopper_gemm(const __grid_constant__ TensorMap map, const u8* packed, const float
     const int of_item = item_of(index, shape).count;
     const int count = (of_item - static_cast<int>(turn) + TURNS - 1) / TURNS;
     u32 at = position + 2 * turn;
-    u32 counts = 0;
+    // Rather than telling the first products to ignore what the registers hold: older compilers (CUDA
+    // 12.8) then see registers of a product in flight defined, and serialise all products.
+#pragma unroll
+    for (int i = 0; i < BLOCKS * SUMS; ++i) sums.of[i / SUMS][i % SUMS] = 0;
     u32 before = 0;  // the stage before this one, to be released once its products are done
     u32 slot = at % STAGES;
     barrier_wait(full + 8 * slot, at / STAGES & 1);
@@ -455,29 +443,23 @@ hopper_gemm(const __grid_constant__ TensorMap map, const u8* packed, const float
         const bool last_stage = stage && step + 1 == count;
         const u32 follower = stage ? at_next : at + 1;
         const u32 next_slot = follower % STAGES;
-        constexpr int EARLY = PRODUCTS - 1;
-        each_product([&](auto number) {
-          constexpr int P = decltype(number)::value;
-          const int o = stage * PRODUCTS + P;
-          Weights& mine = SHARED ? held[0][o % 4] : held[stage][P];
-          start_product<P>(sums, mine, tokens, units, P < BLOCKS ? counts : 1);
-          if constexpr (P == EARLY) {
-            if (!last_stage) {
-              barrier_wait(full + 8 * next_slot, follower / STAGES & 1);
-              if constexpr (SHARED) {
-                fetch(held[0][(o + 1) % 4], stages + next_slot * STAGE_BYTES + first_unit, 0, thread);
-              }
-            }
-          } else if constexpr (SHARED) {
-            fetch(held[0][(o + 1) % 4], units, P + 1, thread);
+#pragma unroll
+        for (int p = 0; p < PRODUCTS; ++p) {
+          const int o = stage * PRODUCTS + p;
+          start_product(sums, SHARED ? held[0][o % 4] : held[stage][p], tokens, units, p);
+          if (p + 1 < PRODUCTS) {
+            if (SHARED) fetch(held[0][(o + 1) % 4], units, p + 1, thread);
+          } else if (!last_stage) {
+            barrier_wait(full + 8 * next_slot, follower / STAGES & 1);
+            const u32 next_units = stages + next_slot * STAGE_BYTES + first_unit;
+            if (SHARED) fetch(held[0][(o + 1) % 4], next_units, 0, thread);
           }
           products_wait<1>();
-          if constexpr (P == 0) {
+          if (p == 0) {
             if (speaks && (stage || step)) barrier_arrive(empty + 8 * before);
-            if constexpr (!SHARED) load_stage(held[1 - stage], stage ? next : here + 2 * UNIT, thread);
+            if (!SHARED) load_stage(held[1 - stage], stage ? next : here + 2 * UNIT, thread);
           }
-        });
-        counts = 1;
+        }
         before = slot;
         slot = next_slot;
         tokens = stages + slot * STAGE_BYTES;

@@ -171,38 +171,35 @@
 #define SS_TAIL_SHARED ", p, 1, 1, 0, 0;\n"
 #endif
 
-// Weights from registers: operands are four registers, tokens, metadata, whether d counts.
+// Weights from registers: operands are four registers, tokens, metadata.
 #define SS_WGMMA(SELECTOR)                                                                          \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " SS_I6 ", 0;\n"                                  \
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                  \
                "wgmma.mma_async.sp.sync.aligned." SS_SHAPE SS_TYPES " {" SS_D "}, {" SS_I0 "," SS_I1 \
                "," SS_I2 "," SS_I3 "}, " SS_I4 ", " SS_I5 ", " SELECTOR SS_TAIL "}\n"               \
                : SS_HOLD                                                                            \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(tokens), "r"(metadata), "r"(counts))
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(tokens), "r"(metadata))
 
-// Weights from shared memory: weights, tokens, metadata, whether d counts.
+// Weights from shared memory: weights, tokens, metadata.
 #define SS_WGMMA_SHARED(SELECTOR)                                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " SS_I3 ", 0;\n"                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                 \
                "wgmma.mma_async.sp.sync.aligned." SS_SHAPE SS_TYPES " {" SS_D "}, " SS_I0 ", " SS_I1 \
                ", " SS_I2 ", " SELECTOR SS_TAIL_SHARED "}\n"                                       \
                : SS_HOLD                                                                           \
-               : "l"(a), "l"(tokens), "r"(metadata), "r"(counts))
+               : "l"(a), "l"(tokens), "r"(metadata))
 
-// d = a * tokens, plus d if `counts` is not 0.  SELECTOR: which two threads of a quad bring the
-// metadata of a 16-bit instruction; 8-bit ones take all four.
-template <int SELECTOR>
-SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], const uint4& a, u64 tokens, u32 metadata,
-                        u32 counts) {
-  if constexpr (SELECTOR == 0) {
-    SS_WGMMA("0");
-  } else {
+// d += a * tokens.  `selector`, a constant: which two threads of a quad bring
+// the metadata of a 16-bit instruction; 8-bit ones take all four.
+SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], const uint4& a, u64 tokens, u32 metadata, int selector) {
+  if (selector) {
     SS_WGMMA("1");
+  } else {
+    SS_WGMMA("0");
   }
 }
-template <int SELECTOR>
-SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], u64 a, u64 tokens, u32 metadata, u32 counts) {
-  if constexpr (SELECTOR == 0) {
-    SS_WGMMA_SHARED("0");
-  } else {
+SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], u64 a, u64 tokens, u32 metadata, int selector) {
+  if (selector) {
     SS_WGMMA_SHARED("1");
+  } else {
+    SS_WGMMA_SHARED("0");
   }
 }
