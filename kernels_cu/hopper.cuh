@@ -73,9 +73,21 @@ SS_DEVICE void copy_bytes(u32 target, const u8* from, u32 bytes, u32 barrier) {
       : "r"(target), "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
-SS_DEVICE void prefetch_map(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" : : "l"(map) : "memory");
+// A box from shared memory; what lies outside the tensor is left out.
+SS_DEVICE void store_box(const TensorMap* map, int column, int row, u32 source) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];"
+               :
+               : "l"(map), "r"(column), "r"(row), "r"(source)
+               : "memory");
 }
+SS_DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" : : : "memory"); }
+// Until at most PENDING committed groups of this thread still read shared memory.
+template <int PENDING>
+SS_DEVICE void stores_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" : : "n"(PENDING) : "memory");
+}
+// What this thread wrote to shared memory, the copy engine may read after a barrier.
+SS_DEVICE void visible_to_copies() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
 // --- warpgroups -----------------------------------------------------------------------------------
 
@@ -109,20 +121,6 @@ SS_DEVICE u64 rows_of_64(u32 address) {
 
 // --- device memory --------------------------------------------------------------------------------
 
-// Weights: read once by a block, so not kept in L1.
-SS_DEVICE void load_weights(uint4& v, const u8* address) {
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
-}
-SS_DEVICE void load_weights(uint2& v, const u8* address) {
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(address));
-}
-SS_DEVICE void load_weights(u32& v, const u8* address) {
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.u32 %0, [%1];" : "=r"(v) : "l"(address));
-}
 // Results: written once and not read here, so the first to leave L2.
 SS_DEVICE void store_result(u8* address, u32 a) {
   asm volatile("st.global.cs.u32 [%0], %1;" : : "l"(address), "r"(a) : "memory");

@@ -1,4 +1,4 @@
-// wgmma.mma_async.sp: 64 weight rows (sparse, in registers) times SS_TOKENS tokens (in shared memory).
+// wgmma.mma_async.sp: 64 weight rows (sparse) times SS_TOKENS tokens, both in shared memory.
 //
 // PTX ISA, "Asynchronous warpgroup-level matrix multiply-accumulate: wgmma.mma_async.sp" and "Matrix
 // fragments for warpgroup-level multiply-accumulate operation with sparse matrix A".
@@ -24,7 +24,7 @@
 #define SS_HOLD_EIGHT(t) SS_HOLD_SIX(t), "+r"(d[t##6]), "+r"(d[t##7])
 #define SS_HOLD_TEN(t) SS_HOLD_EIGHT(t), "+r"(d[t##8]), "+r"(d[t##9])
 
-// SS_D and SS_HOLD: the accumulators.  SS_I0, SS_I1, ...: the operands behind them.
+// SS_D and SS_HOLD: the accumulators.  SS_I0, SS_I1, SS_I2: the operands behind them.
 #if SS_TOKENS == 16
 #define SS_SHAPE "m64n16"
 #define SS_D SS_EIGHT()
@@ -32,10 +32,6 @@
 #define SS_I0 "%8"
 #define SS_I1 "%9"
 #define SS_I2 "%10"
-#define SS_I3 "%11"
-#define SS_I4 "%12"
-#define SS_I5 "%13"
-#define SS_I6 "%14"
 #elif SS_TOKENS == 32
 #define SS_SHAPE "m64n32"
 #define SS_D SS_TEN() "," SS_SIX(1)
@@ -43,10 +39,6 @@
 #define SS_I0 "%16"
 #define SS_I1 "%17"
 #define SS_I2 "%18"
-#define SS_I3 "%19"
-#define SS_I4 "%20"
-#define SS_I5 "%21"
-#define SS_I6 "%22"
 #elif SS_TOKENS == 64
 #define SS_SHAPE "m64n64"
 #define SS_D SS_TEN() "," SS_TEN(1) "," SS_TEN(2) "," SS_TWO(3)
@@ -54,10 +46,6 @@
 #define SS_I0 "%32"
 #define SS_I1 "%33"
 #define SS_I2 "%34"
-#define SS_I3 "%35"
-#define SS_I4 "%36"
-#define SS_I5 "%37"
-#define SS_I6 "%38"
 #elif SS_TOKENS == 96
 #define SS_SHAPE "m64n96"
 #define SS_D SS_TEN() "," SS_TEN(1) "," SS_TEN(2) "," SS_TEN(3) "," SS_EIGHT(4)
@@ -66,10 +54,6 @@
 #define SS_I0 "%48"
 #define SS_I1 "%49"
 #define SS_I2 "%50"
-#define SS_I3 "%51"
-#define SS_I4 "%52"
-#define SS_I5 "%53"
-#define SS_I6 "%54"
 #elif SS_TOKENS == 128
 #define SS_SHAPE "m64n128"
 #define SS_D                                                                               \
@@ -80,10 +64,6 @@
 #define SS_I0 "%64"
 #define SS_I1 "%65"
 #define SS_I2 "%66"
-#define SS_I3 "%67"
-#define SS_I4 "%68"
-#define SS_I5 "%69"
-#define SS_I6 "%70"
 #elif SS_TOKENS == 160
 #define SS_SHAPE "m64n160"
 #define SS_D                                                                                \
@@ -95,10 +75,6 @@
 #define SS_I0 "%80"
 #define SS_I1 "%81"
 #define SS_I2 "%82"
-#define SS_I3 "%83"
-#define SS_I4 "%84"
-#define SS_I5 "%85"
-#define SS_I6 "%86"
 #elif SS_TOKENS == 192
 #define SS_SHAPE "m64n192"
 #define SS_D                                                                                \
@@ -110,10 +86,6 @@
 #define SS_I0 "%96"
 #define SS_I1 "%97"
 #define SS_I2 "%98"
-#define SS_I3 "%99"
-#define SS_I4 "%100"
-#define SS_I5 "%101"
-#define SS_I6 "%102"
 #elif SS_TOKENS == 208
 #define SS_SHAPE "m64n208"
 #define SS_D                                                                                \
@@ -126,10 +98,6 @@
 #define SS_I0 "%104"
 #define SS_I1 "%105"
 #define SS_I2 "%106"
-#define SS_I3 "%107"
-#define SS_I4 "%108"
-#define SS_I5 "%109"
-#define SS_I6 "%110"
 #elif SS_TOKENS == 256
 #define SS_SHAPE "m64n256"
 #define SS_D                                                                                \
@@ -142,64 +110,39 @@
 #define SS_I0 "%128"
 #define SS_I1 "%129"
 #define SS_I2 "%130"
-#define SS_I3 "%131"
-#define SS_I4 "%132"
-#define SS_I5 "%133"
-#define SS_I6 "%134"
 #else
 #error "SS_TOKENS: no such instruction is spelled here"
 #endif
 
 // The instruction's name from its types on, and what follows the metadata: selector (a digit), the
-// predicate p, signs of A and B, and for 16-bit types that neither is transposed (A from registers
-// cannot be).
+// predicate p, signs of A and B, and for 16-bit types that neither is transposed.
 #if SS_TYPE == SS_S8
 #define SS_TYPES "k64.s32.s8.s8"
 #define SS_TAIL ", p;\n"
-#define SS_TAIL_SHARED SS_TAIL
 #elif SS_TYPE == SS_E4M3
 #define SS_TYPES "k64.f32.e4m3.e4m3"
 #define SS_TAIL ", p, 1, 1;\n"
-#define SS_TAIL_SHARED SS_TAIL
 #elif SS_TYPE == SS_BF16
 #define SS_TYPES "k32.f32.bf16.bf16"
-#define SS_TAIL ", p, 1, 1, 0;\n"
-#define SS_TAIL_SHARED ", p, 1, 1, 0, 0;\n"
+#define SS_TAIL ", p, 1, 1, 0, 0;\n"
 #elif SS_TYPE == SS_F16
 #define SS_TYPES "k32.f32.f16.f16"
-#define SS_TAIL ", p, 1, 1, 0;\n"
-#define SS_TAIL_SHARED ", p, 1, 1, 0, 0;\n"
+#define SS_TAIL ", p, 1, 1, 0, 0;\n"
 #endif
 
-// Weights from registers: operands are four registers, tokens, metadata.
-#define SS_WGMMA(SELECTOR)                                                                          \
-  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                  \
-               "wgmma.mma_async.sp.sync.aligned." SS_SHAPE SS_TYPES " {" SS_D "}, {" SS_I0 "," SS_I1 \
-               "," SS_I2 "," SS_I3 "}, " SS_I4 ", " SS_I5 ", " SELECTOR SS_TAIL "}\n"               \
-               : SS_HOLD                                                                            \
-               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(tokens), "r"(metadata))
-
-// Weights from shared memory: weights, tokens, metadata.
-#define SS_WGMMA_SHARED(SELECTOR)                                                                  \
-  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                 \
+#define SS_WGMMA(SELECTOR)                                                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                          \
                "wgmma.mma_async.sp.sync.aligned." SS_SHAPE SS_TYPES " {" SS_D "}, " SS_I0 ", " SS_I1 \
-               ", " SS_I2 ", " SELECTOR SS_TAIL_SHARED "}\n"                                       \
+               ", " SS_I2 ", " SELECTOR SS_TAIL "}\n"                                              \
                : SS_HOLD                                                                           \
-               : "l"(a), "l"(tokens), "r"(metadata))
+               : "l"(weights), "l"(tokens), "r"(metadata))
 
-// d += a * tokens.  `selector`, a constant: which two threads of a quad bring
-// the metadata of a 16-bit instruction; 8-bit ones take all four.
-SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], const uint4& a, u64 tokens, u32 metadata, int selector) {
+// d += weights * tokens, both by their descriptors.  `selector`, a constant: which two threads of a quad
+// bring the metadata of a 16-bit instruction; 8-bit ones take all four.
+SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], u64 weights, u64 tokens, u32 metadata, int selector) {
   if (selector) {
     SS_WGMMA("1");
   } else {
     SS_WGMMA("0");
-  }
-}
-SS_DEVICE void multiply(u32 (&d)[SS_TOKENS / 2], u64 a, u64 tokens, u32 metadata, int selector) {
-  if (selector) {
-    SS_WGMMA_SHARED("1");
-  } else {
-    SS_WGMMA_SHARED("0");
   }
 }

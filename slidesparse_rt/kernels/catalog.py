@@ -299,7 +299,6 @@ def hopper_gemm(
     k_groups: bool,
     stages: int,
     splits: bool,
-    source: int,
 ) -> KernelSpec:
     """Return the sparse GEMM for Hopper.
 
@@ -329,11 +328,10 @@ def hopper_gemm(
         KGROUPS=int(k_groups),
         STAGES=stages,
         SPLITS=int(splits),
-        SOURCE=source,
     )
 
 
-def hopper_pack(dtype: str, source: int = 2) -> KernelSpec:
+def hopper_pack(dtype: str) -> KernelSpec:
     """Return the kernel that packs weights for :func:`hopper_gemm`; ``dtype`` as there."""
     return _spec(
         "hopper_pack.cu",
@@ -341,7 +339,6 @@ def hopper_pack(dtype: str, source: int = 2) -> KernelSpec:
         hot=False,
         max_threads=128,
         TYPE=_format(operand(dtype).dtype.name)[0],
-        SOURCE=source,
     )
 
 

@@ -1,7 +1,7 @@
 """Launching hopper_gemm.cu and hopper_pack.cu: how tiles are cut, and what a call does.
 
-Everything that does not change from call to call is worked out when the launcher is made; a call packs
-the arguments and launches, and can be captured in a CUDA graph.
+Everything that does not change from call to call is worked out when the launcher is made; a call
+packs the arguments and launches, and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ HOPPER_PACK_ARGUMENTS = "QqQqi"
 #: Those of hopper_gemm after the tensor map.
 _GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiii"
 _MAP_BYTES = 128
+_MAP_ALIGNMENT = 64
 #: Shared memory that stages start at a multiple of.
 _STAGE_ALIGNMENT = 1024
 _GROUP_THREADS = 128
@@ -39,10 +40,14 @@ _MOST_STAGES = 16
 
 # cuda.h: CUtensorMapDataType, ...Interleave, ...Swizzle, ...L2promotion, ...FloatOOBfill
 _UINT8 = 0
+_MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
 _NOT_INTERLEAVED = 0
 _SWIZZLE_128B = 3
 _PROMOTE_256B = 3
 _FILL_ZEROS = 0
+
+# How results are stored (hopper_gemm.cu).
+_ONE_BY_ONE, _SIDE_BY_SIDE, _IN_BOXES = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,6 @@ class HopperConfig:
     k_groups: bool = False
     splits: int = 1
     tile_group: int = 8
-    source: int = 2
 
     @property
     def rows(self) -> int:
@@ -93,21 +97,27 @@ class HopperConfig:
 
     @property
     def extra_bytes(self) -> int:
-        """Shared memory beside the stages: scales of tokens for each warp, sums, barriers."""
+        """Shared memory beside the stages: results, token scales, sums, barriers."""
+        # Two buffers a warpgroup, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
+        results = self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
         barriers = _MOST_STAGES * 16 + 16
-        return self.groups * 4 * self.tokens * 4 + self.gather_bytes + barriers
+        return results + self.groups * 4 * self.tokens * 4 + self.gather_bytes + barriers
 
     @property
     def stages(self) -> int:
-        """Stages of tokens that shared memory holds beside that, an even number up to 16."""
+        """Stages that shared memory holds beside that, at most 16."""
         room = catalog.HOPPER_SHARED_BYTES - self.extra_bytes
         return min(_MOST_STAGES, room // self.stage_bytes)
 
     @property
     def stage_bytes(self) -> int:
-        """Shared memory of a stage: tokens, and weights where they pass through it."""
-        units = self.rows // 64 * unit_bytes(1) if self.source else 0
+        """Shared memory of a stage: tokens and weights (of 8 bits, which have more metadata)."""
+        units = self.rows // 64 * unit_bytes(1)
         return self.tokens * STAGE_BYTES + -(-units // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT
+
+    def chunk(self, out_bytes: int) -> int:
+        """Tokens whose results of ``out_bytes`` each leave shared memory together."""
+        return 16 if self.tokens % 32 or out_bytes == 4 else 32
 
     @property
     def shared_bytes(self) -> int:
@@ -119,7 +129,7 @@ class HopperConfig:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
         split = f", {self.splits} blocks share K'" if self.splits > 1 else ""
-        return f"{self.rows}x{self.tokens}{shared}{split}" + ("L", "R", "")[self.source]
+        return f"{self.rows}x{self.tokens}{shared}{split}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +237,6 @@ class HopperGemm:
             k_groups=config.k_groups,
             stages=config.stages,
             splits=config.splits > 1,
-            source=config.source,
         )
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
         blocks = min(cut.tiles * config.splits, kernels.limits.sm_count)
@@ -245,7 +254,11 @@ class HopperGemm:
             config.splits,
         )
         self._cuda = kernels.cuda
-        self._map: _TensorMap | None = None
+        self._boxes = config.blocks == 2
+        self._out_box = (128 // self._out_bytes, config.chunk(self._out_bytes))
+        self._out_kind = _MAP_TYPES[out_type]
+        self._token_map: _TensorMap | None = None
+        self._out_map: _TensorMap | None = None
 
     def __call__(
         self,
@@ -278,16 +291,37 @@ class HopperGemm:
         stream:
             CUDA stream.
         """
-        encoded = self._map
-        if encoded is None or encoded.address != tokens:
-            encoded = self._map = _TensorMap(
-                self._cuda, tokens, self._row_bytes, self._tokens, self._box
+        token_map = self._token_map
+        if token_map is None or token_map.key != tokens:
+            token_map = self._token_map = _TensorMap(
+                self._cuda,
+                tokens,
+                _UINT8,
+                tokens,
+                (self._row_bytes, self._tokens),
+                self._row_bytes,
+                (STAGE_BYTES, self._box),
             )
-        blocks, threads, shared = self._shape
         size = self._out_bytes
-        vector = not (out % (4 * size) or out_stride % 4)
+        storing = _ONE_BY_ONE if (out | out_stride * size) % (4 * size) else _SIDE_BY_SIDE
+        out_map = token_map  # anything, where none is used
+        if self._boxes and not (out | out_stride * size) % 16:
+            storing = _IN_BOXES
+            found = self._out_map
+            if found is None or found.key != (out, out_stride):
+                found = self._out_map = _TensorMap(
+                    self._cuda,
+                    (out, out_stride),
+                    self._out_kind,
+                    out,
+                    (self._n, self._tokens),
+                    out_stride * size,
+                    self._out_box,
+                )
+            out_map = found
+        blocks, threads, shared = self._shape
         self._call(
-            encoded,
+            (token_map, out_map),
             blocks,
             threads,
             shared,
@@ -301,19 +335,19 @@ class HopperGemm:
             partials,
             counters,
             *self._sizes,
-            int(vector),
+            storing,
         )
 
 
 def pack_weights(
-    kernels: KernelCache, dtype: str, slid: int, rows: int, slid_bytes: int, out: int, stream: int, source: int = 2
+    kernels: KernelCache, dtype: str, slid: int, rows: int, slid_bytes: int, out: int, stream: int
 ) -> None:
     """Pack a slid matrix (rows, slid bytes) at ``slid`` into ``out``.
 
     ``rows`` is a multiple of 128 and ``slid_bytes`` of 256; ``out`` has
     :func:`~slidesparse_rt.kernels.hopper_layout.packed_bytes` bytes.
     """
-    kernel = kernels.load(catalog.hopper_pack(dtype, source))
+    kernel = kernels.load(catalog.hopper_pack(dtype))
     stages = slid_bytes // STAGE_BYTES
     units = rows // 64 * stages
     launch = Launch(kernels.cuda, kernel, HOPPER_PACK_ARGUMENTS)
@@ -332,24 +366,48 @@ def pack_weights(
 
 
 class _TensorMap:
-    """A CUtensorMap of quantized tokens, as bytes: boxes of 128 bytes by ``box`` rows."""
+    """A CUtensorMap of a matrix, whose boxes have rows of 128 bytes, swizzled.
 
-    __slots__ = ("_memory", "address", "location")
+    Parameters
+    ----------
+    cuda:
+        The driver.
+    key:
+        What it was made from.
+    kind:
+        CUtensorMapDataType.
+    address, extents, stride:
+        The matrix: where it lies, (columns, rows), bytes from row to row.
+    box:
+        (columns, rows) of a box.
+    """
 
-    def __init__(self, cuda: Cuda, address: int, row_bytes: int, rows: int, box: int) -> None:
-        self.address = address
-        self._memory = ctypes.create_string_buffer(_MAP_BYTES + 64)
+    __slots__ = ("_memory", "key", "location")
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        key: object,
+        kind: int,
+        address: int,
+        extents: tuple[int, int],
+        stride: int,
+        box: tuple[int, int],
+    ) -> None:
+        self.key = key
+        self._memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
         start = ctypes.addressof(self._memory)
-        self.location = -(-start // 64) * 64
+        #: Address of the map in host memory.
+        self.location = -(-start // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
         two = ctypes.c_uint32 * 2
         cuda.cuTensorMapEncodeTiled(
             self.location,
-            _UINT8,
+            kind,
             2,
             address,
-            (ctypes.c_uint64 * 2)(row_bytes, rows),
-            (ctypes.c_uint64 * 1)(row_bytes),
-            two(STAGE_BYTES, box),
+            (ctypes.c_uint64 * 2)(*extents),
+            (ctypes.c_uint64 * 1)(stride),
+            two(*box),
             two(1, 1),
             _NOT_INTERLEAVED,
             _SWIZZLE_128B,
@@ -359,7 +417,7 @@ class _TensorMap:
 
 
 class _MapLaunch:
-    """A launch whose first argument is a tensor map."""
+    """A launch whose first arguments are two tensor maps."""
 
     __slots__ = ("_cuda", "_function", "_offsets", "_pack", "_run", "_size")
 
@@ -375,7 +433,7 @@ class _MapLaunch:
 
     def __call__(
         self,
-        encoded: _TensorMap,
+        maps: tuple[_TensorMap, _TensorMap],
         blocks: int,
         threads: int,
         shared: int,
@@ -385,8 +443,8 @@ class _MapLaunch:
         values = ctypes.create_string_buffer(self._size)
         start = ctypes.addressof(values)
         self._pack(values, 0, *arguments)
-        pointers = (ctypes.c_void_p * (1 + len(self._offsets)))(
-            encoded.location, *(start + offset for offset in self._offsets)
+        pointers = (ctypes.c_void_p * (2 + len(self._offsets)))(
+            *(each.location for each in maps), *(start + offset for offset in self._offsets)
         )
         status = self._run(
             self._function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None
