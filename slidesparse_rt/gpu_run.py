@@ -177,7 +177,7 @@ class GpuRunner:
                     prepared.pinned.add(part)
                     # A result of any alignment: with and without the library writing it.
                     able = prepared.can_write(out_type, _WELL_ALIGNED, n, part)
-                    for direct in {able, False}:
+                    for direct in {able, prepared.always_direct}:
                         step = prepared.step(part, kind, out_type, direct, pointer)
                         self.workspace.address(step.nbytes, pointer, part)
 

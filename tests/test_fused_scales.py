@@ -128,7 +128,7 @@ def test_the_product_gets_the_channel_scales_as_its_alpha_vector(make: Any) -> N
     assert ("copy_rows", alpha, N * 4, made.scales, N * 4, N * 4, 1, 0) in gpu.done
     before = len(dll.calls)
     product = prepared.make_product(M, None, 0)
-    product.launch(11 << 8, 12 << 8, 13 << 8, 14 << 8, 0)
+    product.launch(11 << 8, 12 << 8, 13 << 8, 0, 14 << 8, 0, 0)
     names = [name for name, _ in dll.calls[before:]]
     for name in ("cusparseLtMatmulSearch", "cusparseLtMatmul"):
         ((_, _, first, _, _, beta, *_),) = called(dll, name)
@@ -152,7 +152,7 @@ def test_without_the_option_alpha_is_one_and_sums_are_int32(make: Any) -> None:
     made = make(PLAIN)
     prepared, dll = made.prepared, made.dll
     assert (prepared.alpha, prepared.channel_scales) == (0, made.scales)
-    prepared.make_product(M, None, 0).launch(11 << 8, 12 << 8, 13 << 8, 14 << 8, 0)
+    prepared.make_product(M, None, 0).launch(11 << 8, 12 << 8, 13 << 8, 0, 14 << 8, 0, 0)
     ((_, _, alpha, _, _, beta, *_),) = called(dll, "cusparseLtMatmul")
     assert (float_at(alpha), float_at(beta)) == (1, 0)
     assert not called(dll, "cusparseLtMatmulDescSetAttribute")

@@ -38,6 +38,7 @@ class _Row:
 
 #: Every backend; "auto" takes the first that can run, in the order of :func:`_order`.
 _ROWS = {
+    "hopper": _Row("hopper", "HopperBackend", "cuda", ("nvrtc",)),
     "cusparselt": _Row("cusparselt", "CusparseltBackend", "cuda", ("cusparseLt", "nvrtc")),
     "dense": _Row("dense", "DenseBackend", "cuda", ("cublasLt", "nvrtc")),
     "reference": _Row("reference", "ReferenceBackend", "cpu"),
@@ -111,17 +112,16 @@ def check_options(options: PlanOptions, problem: Problem, name: str) -> None:
 def _order(problem: Problem, device: Device) -> tuple[list[str], str]:
     """The order in which "auto" tries the backends, and the reason.
 
-    A rule, not a measurement on this machine.  On a Hopper GPU the lifted cuSPARSELt pipeline was
-    slower than the dense one at nearly every number of tokens for patterns milder than 2:4
-    (benchmarks/results/gemm-h200.json); elsewhere sparse goes first.
+    A rule, not a measurement on this machine (docs/performance.md has the measurements that it was
+    made from): the kernel written for a GPU first.  On a Hopper GPU where that cannot run, the
+    lifted cuSPARSELt pipeline is slower than the dense one for patterns milder than 2:4.
     """
     if device.kind == "cuda" and problem.pattern.expansion > 1:
         known = [row for row in probe().devices if row.index == device.index]
         if known and known[0].compute_capability[0] == _HOPPER:
-            order = ["dense", *(row for row in _ROWS if row != "dense")]
-            return order, (
-                f"by rule: on a Hopper GPU dense goes before cusparselt for {problem.pattern.name} "
-                f"(docs/performance.md); backend='cusparselt' takes the other"
+            return ["hopper", "dense", "cusparselt", "reference"], (
+                "by rule: on a Hopper GPU hopper, then dense, go before cusparselt "
+                f"for {problem.pattern.name} (docs/performance.md)"
             )
     return list(_ROWS), "by rule: the first that can run"
 

@@ -104,9 +104,16 @@ class _Product:
         self._alpha = prepared.alpha or self._one.address
 
     def launch(
-        self, tokens: int, token_scales: int, target: int, scratch: int, stream: int
+        self,
+        tokens: int,
+        token_scales: int,
+        target: int,
+        target_stride: int,
+        scratch: int,
+        counters: int,
+        stream: int,
     ) -> None:
-        del token_scales
+        del token_scales, target_stride, counters
         self._plan.matmul(
             self._alpha,
             self._weight,

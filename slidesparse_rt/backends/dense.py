@@ -98,8 +98,16 @@ class _Product:
         self._zero = HostScalar(ctype, 0)
 
     def launch(
-        self, tokens: int, token_scales: int, target: int, scratch: int, stream: int
+        self,
+        tokens: int,
+        token_scales: int,
+        target: int,
+        target_stride: int,
+        scratch: int,
+        counters: int,
+        stream: int,
     ) -> None:
+        del target_stride, counters
         if self._scaled:
             self._matmul.matmul.point(MatmulAttribute.B_SCALE_POINTER, token_scales)
         self._matmul.run(
@@ -276,7 +284,13 @@ class DensePrepared(GpuPrepared):
                 )
                 runs.append(
                     lambda product=product: product.launch(
-                        x.pointer, scales.pointer, target.pointer, scratch.pointer, stream
+                        x.pointer,
+                        scales.pointer,
+                        target.pointer,
+                        self.padded_n,
+                        scratch.pointer,
+                        0,
+                        stream,
                     )
                 )
             return found[fastest(runs, stream)]

@@ -115,6 +115,8 @@ class GpuDevice:
         self.driver_version = str(cupy.cuda.runtime.driverGetVersion())
         self.sm_count: int = properties["multiProcessorCount"]
         self.memory_bytes: int = properties["totalGlobalMem"]
+        #: Bytes of the level-2 cache.
+        self.l2_bytes: int = properties["l2CacheSize"]
         self.lock = threading.Lock()
         self.choices: dict[tuple[object, ...], Any] = {}
 

@@ -1,6 +1,6 @@
 """What the GPU backends have in common: quantize and lift, multiply, dequantize.
 
-A launch works in one block of workspace::
+A launch works in one block of workspace, behind the counters that every block begins with::
 
     | quantized tokens (Mp, K'p) | token scales (Mp) | accumulators (Mp, Np) | the library's own |
 
@@ -32,7 +32,7 @@ from ..pattern import Pattern
 from .base import Config, Problem, RawWeight, Support
 from .gpu_device import GpuDevice, gpu_device, is_capturing, working_on
 from .gpu_weight import GpuWeight
-from .workspace import Workspace
+from .workspace import COUNTER_BYTES, Workspace
 
 __all__ = [
     "GpuBackend",
@@ -84,9 +84,20 @@ class Product(Protocol):
         ...
 
     def launch(
-        self, tokens: int, token_scales: int, target: int, scratch: int, stream: int
+        self,
+        tokens: int,
+        token_scales: int,
+        target: int,
+        target_stride: int,
+        scratch: int,
+        counters: int,
+        stream: int,
     ) -> None:
-        """Multiply the tokens at ``tokens`` into ``target``; all are device addresses."""
+        """Multiply the tokens at ``tokens`` into ``target``; all are device addresses.
+
+        ``target_stride`` counts elements from row to row; ``counters`` are
+        :data:`~slidesparse_rt.backends.workspace.COUNTER_BYTES` bytes, zero before and after.
+        """
         ...
 
 
@@ -113,6 +124,8 @@ class GpuPrepared(ABC):
     #: Columns of the accumulators, and their type's name in the kernel catalogue.
     padded_n: int
     sums_type: str
+    #: Whether the product writes every result itself, whatever its type, address and stride.
+    always_direct: bool = False
 
     @property
     @abstractmethod
@@ -300,11 +313,12 @@ class Step:
         scales = base + layout.scales
         self._quantize(x, x_stride, base, scales, tokens, layout.padded_tokens, stream)
         scratch = base + layout.scratch
+        counters = base - COUNTER_BYTES
         if self._dequantize is None:
-            self._product.launch(base, scales, out, scratch, stream)
+            self._product.launch(base, scales, out, out_stride, scratch, counters, stream)
             return
         sums = base + layout.sums
-        self._product.launch(base, scales, sums, scratch, stream)
+        self._product.launch(base, scales, sums, self._padded_n, scratch, counters, stream)
         self._dequantize(
             sums,
             self._padded_n,

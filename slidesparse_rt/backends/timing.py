@@ -12,10 +12,17 @@ from ..errors import LibraryError
 __all__ = ["fastest"]
 
 
-def fastest(runs: Sequence[Callable[[], None]], stream: int, *, rounds: int = 5) -> int:
+def fastest(
+    runs: Sequence[Callable[[], None]],
+    stream: int,
+    *,
+    rounds: int = 5,
+    before: Callable[[], None] | None = None,
+) -> int:
     """Index of the launch with the lowest median time over shuffled rounds.
 
-    A launch that the library refuses is out.  Raises LibraryError if all are.
+    A launch that the library refuses is out.  ``before`` is called ahead of each and not timed.
+    Raises LibraryError if all are refused.
     """
     import cupy
 
@@ -37,6 +44,8 @@ def fastest(runs: Sequence[Callable[[], None]], stream: int, *, rounds: int = 5)
     for _ in range(rounds):
         shuffle(order)
         for index in order:
+            if before is not None:
+                before()
             begin, end = cupy.cuda.Event(), cupy.cuda.Event()
             begin.record(external)
             runs[index]()

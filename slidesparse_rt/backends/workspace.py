@@ -10,9 +10,14 @@ from __future__ import annotations
 import threading
 
 from ..errors import CaptureError, PlanClosed
+from ..kernels.catalog import HOPPER_COUNTERS
 from .gpu_device import Buffer, GpuDevice, is_capturing
 
-__all__ = ["Workspace"]
+__all__ = ["COUNTER_BYTES", "Workspace"]
+
+#: What lies before every address that :meth:`Workspace.address` returns: 32-bit counters that are
+#: zero while no launch runs.  A launch that counts with them leaves them so.
+COUNTER_BYTES = 4 * HOPPER_COUNTERS
 
 
 class Workspace:
@@ -51,6 +56,8 @@ class Workspace:
     def address(self, nbytes: int, stream: int, tokens: int) -> int:
         """Address of at least ``nbytes`` for launches on ``stream``, 256-byte aligned.
 
+        :data:`COUNTER_BYTES` bytes of counters lie before it.
+
         Raises
         ------
         CaptureError
@@ -61,10 +68,10 @@ class Workspace:
             After :meth:`close`.
         """
         block = self._blocks.get(stream)
-        if block is not None and block.nbytes >= nbytes:
+        if block is not None and block.nbytes >= nbytes + COUNTER_BYTES:
             if stream not in self._captured and is_capturing(stream):
                 self._captured.add(stream)
-            return block.pointer
+            return block.pointer + COUNTER_BYTES
         if self._closed:
             raise PlanClosed("this workspace is closed; make a new one")
         if is_capturing(stream):
@@ -73,7 +80,8 @@ class Workspace:
                 f"workspace on this stream, which has {0 if block is None else block.nbytes:,}; "
                 f"call plan.prepare(tokens=[{tokens}], stream=...) with the same stream first"
             )
-        larger = self.device.allocate(nbytes)
+        larger = self.device.allocate(nbytes + COUNTER_BYTES)
+        self.device.clear(larger.pointer, COUNTER_BYTES, stream)
         self._blocks[stream] = larger
         if block is not None:
             if stream in self._captured:
@@ -81,7 +89,7 @@ class Workspace:
                 self._retired.append(block)
             else:
                 block.close()
-        return larger.pointer
+        return larger.pointer + COUNTER_BYTES
 
     def close(self) -> None:
         """Give all blocks back.  No launch may be using them, and no graph may run again."""

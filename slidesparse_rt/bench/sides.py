@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from ..backends.workspace import COUNTER_BYTES
 from ..dtypes import Operand, array_type
 from ..options import PlanOptions
 from ..pattern import Pattern
@@ -107,10 +108,11 @@ class GpuSide:
         able = prepared.can_write(kind, y, layer.n, tokens)
         product = prepared.product(tokens, kind if able else None, gpu.stream)
         layout = prepared.layout(product, tokens)
-        buffer = gpu.allocate(layout.nbytes)
+        buffer = gpu.allocate(COUNTER_BYTES + layout.nbytes)
+        gpu.set_bytes(buffer.pointer, 0, COUNTER_BYTES)
         self._buffers.append(buffer)
-        base, scales = buffer.pointer, buffer.pointer + layout.scales
-        scratch = buffer.pointer + layout.scratch
+        base = buffer.pointer + COUNTER_BYTES
+        scales, scratch = base + layout.scales, base + layout.scratch
         prepared.quantizer(kind, gpu.stream)(
             x, layer.k, base, scales, tokens, layout.padded_tokens, gpu.stream
         )
@@ -119,12 +121,14 @@ class GpuSide:
             output = Output(y, BF16, layer.n, layer.n, scaled)
             words = "bfloat16 results, both scale vectors fused" if scaled else "bfloat16 results"
         else:
-            sums, width = buffer.pointer + layout.sums, prepared.padded_n
+            sums, width = base + layout.sums, prepared.padded_n
             output = Output(sums, prepared.sums_type, layer.n, width, False)
             words = f"{prepared.sums_type} sums"
 
         def launch() -> None:
-            product.launch(base, scales, output.pointer, scratch, gpu.stream)
+            product.launch(
+                base, scales, output.pointer, output.stride, scratch, buffer.pointer, gpu.stream
+            )
 
         return Work(launch, output, words)
 

@@ -17,6 +17,7 @@ from ..pattern import PATTERNS, WINDOW, Pattern
 __all__ = [
     "ARCHITECTURES",
     "FORMATS",
+    "HOPPER_COUNTERS",
     "HOPPER_SHARED_BYTES",
     "QUANTIZE_VECTORS",
     "KernelSpec",
@@ -287,6 +288,8 @@ def weights(entry: str, dtype: str, pattern: Pattern) -> KernelSpec:
 
 #: Dynamic shared memory that a block of hopper_gemm may take.
 HOPPER_SHARED_BYTES = 227 * 1024
+#: Tiles of which blocks can share K': each needs a counter (backends/workspace.py has the memory).
+HOPPER_COUNTERS = 2048
 
 
 def hopper_gemm(

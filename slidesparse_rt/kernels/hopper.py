@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..dtypes import array_type, operand
 from ..errors import OptionError, ShapeError
@@ -23,6 +23,7 @@ __all__ = [
     "HopperConfig",
     "HopperGemm",
     "Tiling",
+    "configurations",
     "pack_weights",
     "tiling",
 ]
@@ -37,6 +38,11 @@ _MAP_ALIGNMENT = 64
 _STAGE_ALIGNMENT = 1024
 _GROUP_THREADS = 128
 _MOST_STAGES = 16
+#: Tokens of tiles where there are few, up to so many; and up to how many K' may be split.
+_LOW_TILES = (16, 32, 64, 128)
+_FEW_TOKENS = 128
+_MANY_TOKENS = 1024
+_MOST_SPLITS = 8
 
 # cuda.h: CUtensorMapDataType, ...Interleave, ...Swizzle, ...L2promotion, ...FloatOOBfill
 _UINT8 = 0
@@ -164,6 +170,43 @@ def tiling(config: HopperConfig, n: int, tokens: int) -> Tiling:
     split = config.splits > 1
     partial = tiles * config.splits * config.rows * config.tokens * 4 if split else 0
     return Tiling(weight_tiles, token_tiles, partial, tiles if split else 0)
+
+
+def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[HopperConfig]:
+    """Configurations worth timing for ``n`` channels and ``tokens`` tokens, at least one.
+
+    Few tokens are limited by reading the weight, so tiles are low and K' is shared until every
+    multiprocessor reads; many tokens by shared memory, so tiles are as large as registers allow.
+    """
+    steps = slid_bytes // STEP_BYTES
+    if tokens <= _FEW_TOKENS:
+        width = next(size for size in _LOW_TILES if size >= tokens)
+        found = [HopperConfig(width, 1, 2, True), HopperConfig(width, 1, 2, True, 2)]
+        if width < _FEW_TOKENS:
+            found += [HopperConfig(width, 1, 4, True), HopperConfig(width, 1, 4, True, 2)]
+        if tokens > _LOW_TILES[0]:
+            found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
+    elif tokens <= _MANY_TOKENS:
+        found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
+        for width in (128, 160, 192, 256):
+            found += _shared(HopperConfig(min(width, 208), 2), n, tokens, sm_count)
+    else:
+        found = [HopperConfig(width, 2) for width in (208, 192, 160, 128)]
+    turns = [config.groups if config.k_groups else 1 for config in found]
+    able = [
+        config
+        for config, turn in zip(found, turns, strict=True)
+        if steps // config.splits >= turn
+        and tiling(config, n, tokens).counters <= catalog.HOPPER_COUNTERS
+    ]
+    return able or [HopperConfig(128, 2)]
+
+
+def _shared(config: HopperConfig, n: int, tokens: int, sm_count: int) -> list[HopperConfig]:
+    """``config``, and with K' split so that its tiles fill the multiprocessors about once."""
+    tiles = tiling(config, n, tokens).tiles
+    splits = min(_MOST_SPLITS, sm_count // tiles)
+    return [config] if splits < 2 else [config, replace(config, splits=splits)]
 
 
 class HopperGemm:

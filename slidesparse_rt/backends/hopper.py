@@ -1,0 +1,210 @@
+"""Sparse products by a kernel of our own, written for Hopper GPUs (compute capability 9.0).
+
+One kernel multiplies the lifted tokens by the slid weight on 2:4 sparse tensor cores, applies both
+scales and the bias in the definition's order, and writes the result once, in any of its types, at
+any address and stride.  int8 is exact; the other formats are summed in float32 as the tensor cores
+round.  docs/hopper-kernel.md describes the kernel.
+
+There are several ways to cut a product into tiles.  The first time that a token bucket is met the
+promising ones are timed, and the fastest is kept for the device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..dtypes import ArrayType
+from ..kernels.hopper import HopperConfig, HopperGemm, configurations, pack_weights, tiling
+from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
+from ..kernels.loader import kernels_of
+from ..options import PlanOptions
+from .base import Problem, Support
+from .gpu_device import Buffer, GpuDevice
+from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_weight import GpuWeight
+from .timing import fastest
+
+__all__ = ["HopperBackend"]
+
+#: The one compute capability that has these instructions.
+_CAPABILITY = (9, 0)
+#: Bytes that the copy engine wants rows of tokens to be multiples of.
+_ROW_MULTIPLE = 16
+#: Buckets up to here find their weights out of the cache, as the next layer of a model would.
+_COLD_TOKENS = 512
+
+
+class _Product:
+    """A product cut by one configuration, for one number of tokens and one type of results."""
+
+    direct = True
+
+    def __init__(self, prepared: HopperPrepared, gemm: HopperGemm) -> None:
+        self.scratch_bytes = gemm.tiling.partial_bytes
+        self._gemm = gemm
+        self._weight = prepared.packed.pointer
+        self._channel_scales = prepared.weight.scales
+        self._bias = prepared.weight.bias
+        self._scaled = prepared.weight.operand.scaled
+
+    def launch(
+        self,
+        tokens: int,
+        token_scales: int,
+        target: int,
+        target_stride: int,
+        scratch: int,
+        counters: int,
+        stream: int,
+    ) -> None:
+        self._gemm(
+            self._weight,
+            tokens,
+            token_scales if self._scaled else 0,
+            self._channel_scales,
+            self._bias,
+            target,
+            target_stride,
+            scratch,
+            counters,
+            stream,
+        )
+
+
+class HopperPrepared(GpuPrepared):
+    """A slid weight in the order in which the kernel reads it."""
+
+    always_direct = True
+    sums_type = "float32"
+    token_multiple = 1
+
+    def __init__(self, weight: GpuWeight, options: PlanOptions, stream: int) -> None:
+        super().__init__(weight, weight.pattern, options)
+        size = weight.operand.bits // 8
+        self.row_length = round_up(weight.pattern.slid_k(weight.k), _ROW_MULTIPLE // size)
+        self.padded_n = weight.n
+        self._slid_bytes = round_up(self.row_length * size, STEP_BYTES)
+        rows = round_up(weight.n, PANEL_ROWS)
+        self.packed: Buffer = self.device.allocate(packed_bytes(rows, self._slid_bytes, size))
+        try:
+            with weight.slide(rows, self._slid_bytes // size, stream) as slid:
+                pack_weights(
+                    kernels_of(self.device.index),
+                    weight.operand.name,
+                    slid.pointer,
+                    rows,
+                    self._slid_bytes,
+                    self.packed.pointer,
+                    stream,
+                )
+                self.device.synchronize(stream)
+        except BaseException:
+            self.packed.close()
+            raise
+        weight.drop_values()
+
+    @property
+    def operand_bytes(self) -> int:
+        return self.packed.nbytes
+
+    def can_write(self, kind: ArrayType, out: int, out_stride: int, tokens: int) -> bool:
+        """Always."""
+        del kind, out, out_stride, tokens
+        return True
+
+    def make_product(self, tokens: int, direct: ArrayType | None, stream: int) -> _Product:
+        assert direct is not None  # can_write() never says no
+        bucket = token_bucket(tokens)
+        return _Product(self, self._gemm(tokens, direct, self._config(bucket, direct, stream)))
+
+    def release(self) -> None:
+        self.packed.close()
+
+    def _gemm(self, tokens: int, kind: ArrayType, config: HopperConfig) -> HopperGemm:
+        operand = self.weight.operand
+        return HopperGemm(
+            kernels_of(self.device.index),
+            operand.name,
+            kind.name,
+            self.weight.n,
+            self._slid_bytes,
+            self.row_length * operand.bits // 8,
+            tokens,
+            config,
+        )
+
+    def _config(self, bucket: int, kind: ArrayType, stream: int) -> HopperConfig:
+        """The fastest configuration for ``bucket`` tokens; timed once a device and shape."""
+        key = (
+            "hopper",
+            self.weight.n,
+            self._slid_bytes,
+            self.weight.operand.name,
+            kind.name,
+            bucket,
+        )
+        with self.device.lock:
+            found = self.device.choices.get(key)
+            if found is None:
+                found = self.device.choices[key] = self._timed(bucket, kind, stream)
+        config: HopperConfig = found
+        return config
+
+    def _timed(self, bucket: int, kind: ArrayType, stream: int) -> HopperConfig:
+        device, operand, n = self.device, self.weight.operand, self.weight.n
+        promising = configurations(n, self._slid_bytes, bucket, device.sm_count)
+        if len(promising) == 1:
+            return promising[0]
+        cuts = [tiling(config, n, bucket) for config in promising]
+        cold = 2 * device.l2_bytes if bucket <= _COLD_TOKENS else 0
+        size = operand.bits // 8
+        with (
+            device.filled(bucket * self.row_length * size, operand, stream) as x,
+            device.upload(np.ones(bucket, np.float32), stream) as scales,
+            device.allocate(bucket * n * kind.bits // 8) as target,
+            device.allocate(max(cut.partial_bytes for cut in cuts)) as partials,
+            device.upload(np.zeros(max(1, *(cut.counters for cut in cuts)), np.int32), stream) as (
+                counters
+            ),
+            device.allocate(cold) as flushed,
+        ):
+            runs = []
+            for config in promising:
+                product = _Product(self, self._gemm(bucket, kind, config))
+                runs.append(
+                    lambda product=product: product.launch(
+                        x.pointer,
+                        scales.pointer,
+                        target.pointer,
+                        n,
+                        partials.pointer,
+                        counters.pointer,
+                        stream,
+                    )
+                )
+
+            def flush() -> None:
+                device.clear(flushed.pointer, flushed.nbytes, stream)
+
+            return promising[fastest(runs, stream, before=flush if cold else None)]
+
+
+class HopperBackend(GpuBackend):
+    """2:4 sparse tensor cores of Hopper GPUs through our own kernel, every pattern lifted."""
+
+    name = "hopper"
+
+    def supports_on(self, problem: Problem, device: GpuDevice) -> Support:
+        """Whether this is a Hopper GPU; it multiplies every operand format."""
+        del problem
+        if device.capability != _CAPABILITY:
+            needed, found = (".".join(map(str, pair)) for pair in (_CAPABILITY, device.capability))
+            return Support(
+                False,
+                f"its kernel is for compute capability {needed} alone, {device.name} has {found}",
+            )
+        return Support(True)
+
+    def pack(self, weight: GpuWeight, options: PlanOptions, stream: int) -> HopperPrepared:
+        """Slide the weight and bring it into the kernel's order."""
+        return HopperPrepared(weight, options, stream)
