@@ -46,14 +46,6 @@
 #define SS_I0 "%32"
 #define SS_I1 "%33"
 #define SS_I2 "%34"
-#elif SS_TOKENS == 96
-#define SS_SHAPE "m64n96"
-#define SS_D SS_TEN() "," SS_TEN(1) "," SS_TEN(2) "," SS_TEN(3) "," SS_EIGHT(4)
-#define SS_HOLD \
-  SS_HOLD_TEN(), SS_HOLD_TEN(1), SS_HOLD_TEN(2), SS_HOLD_TEN(3), SS_HOLD_EIGHT(4)
-#define SS_I0 "%48"
-#define SS_I1 "%49"
-#define SS_I2 "%50"
 #elif SS_TOKENS == 128
 #define SS_SHAPE "m64n128"
 #define SS_D                                                                               \
@@ -98,18 +90,6 @@
 #define SS_I0 "%104"
 #define SS_I1 "%105"
 #define SS_I2 "%106"
-#elif SS_TOKENS == 256
-#define SS_SHAPE "m64n256"
-#define SS_D                                                                                \
-  SS_TEN() "," SS_TEN(1) "," SS_TEN(2) "," SS_TEN(3) "," SS_TEN(4) "," SS_TEN(5) "," SS_TEN(6) \
-  "," SS_TEN(7) "," SS_TEN(8) "," SS_TEN(9) "," SS_TEN(10) "," SS_TEN(11) "," SS_EIGHT(12)
-#define SS_HOLD                                                                           \
-  SS_HOLD_TEN(), SS_HOLD_TEN(1), SS_HOLD_TEN(2), SS_HOLD_TEN(3), SS_HOLD_TEN(4),          \
-      SS_HOLD_TEN(5), SS_HOLD_TEN(6), SS_HOLD_TEN(7), SS_HOLD_TEN(8), SS_HOLD_TEN(9),     \
-      SS_HOLD_TEN(10), SS_HOLD_TEN(11), SS_HOLD_EIGHT(12)
-#define SS_I0 "%128"
-#define SS_I1 "%129"
-#define SS_I2 "%130"
 #else
 #error "SS_TOKENS: no such instruction is spelled here"
 #endif

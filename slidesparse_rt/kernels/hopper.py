@@ -40,6 +40,7 @@ _GROUP_THREADS = 128
 _MOST_STAGES = 16
 #: Tokens of tiles where there are few, up to so many; and up to how many K' may be split.
 _LOW_TILES = (16, 32, 64, 128)
+_HIGH_TILES = (128, 160, 192, 208)
 _FEW_TOKENS = 128
 _MANY_TOKENS = 1024
 _MOST_SPLITS = 8
@@ -188,10 +189,11 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
             found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
     elif tokens <= _MANY_TOKENS:
         found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
-        for width in (128, 160, 192, 256):
-            found += _shared(HopperConfig(min(width, 208), 2), n, tokens, sm_count)
+        for width in _HIGH_TILES:
+            found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
     else:
-        found = [HopperConfig(width, 2) for width in (208, 192, 160, 128)]
+        found = [HopperConfig(width, 2) for width in _HIGH_TILES]
+        found += [HopperConfig(width, 2, tile_group=16) for width in _HIGH_TILES[-2:]]
     turns = [config.groups if config.k_groups else 1 for config in found]
     able = [
         config
@@ -211,6 +213,8 @@ def _shared(config: HopperConfig, n: int, tokens: int, sm_count: int) -> list[Ho
 
 class HopperGemm:
     """A product of packed weights and quantized, lifted tokens: launches hopper_gemm.
+
+    For one thread at a time: it keeps the arguments of its last launch.
 
     Parameters
     ----------
@@ -255,8 +259,8 @@ class HopperGemm:
         steps = slid_bytes // STEP_BYTES
         if slid_bytes % STEP_BYTES or row_bytes % 16 or not 0 < row_bytes <= slid_bytes:
             raise ShapeError(
-                f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of {STEP_BYTES} "
-                f"and of 16, the second not larger than the first"
+                f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of "
+                f"{STEP_BYTES} and of 16, the second not larger than the first"
             )
         turns = config.splits * (config.groups if config.k_groups else 1)
         if turns > 1 and steps // config.splits < (config.groups if config.k_groups else 1):
@@ -460,17 +464,22 @@ class _TensorMap:
 
 
 class _MapLaunch:
-    """A launch whose first arguments are two tensor maps."""
+    """A launch whose first arguments are two tensor maps; for one thread at a time."""
 
-    __slots__ = ("_cuda", "_function", "_offsets", "_pack", "_run", "_size")
+    __slots__ = ("_cuda", "_function", "_maps", "_pack", "_pointers", "_run", "_values")
 
     def __init__(self, cuda: Cuda, kernel: Kernel, layout: str) -> None:
         self._cuda = cuda
         self._function = kernel.function
-        self._offsets = [
+        self._values = ctypes.create_string_buffer(struct.calcsize(layout))
+        start = ctypes.addressof(self._values)
+        offsets = [
             struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)
         ]
-        self._size = struct.calcsize(layout)
+        self._pointers = (ctypes.c_void_p * (2 + len(layout)))(
+            None, None, *(start + offset for offset in offsets)
+        )
+        self._maps: tuple[_TensorMap, _TensorMap] | None = None
         self._pack = struct.Struct(layout).pack_into
         self._run = cuda.raw("cuLaunchKernel")
 
@@ -483,14 +492,12 @@ class _MapLaunch:
         stream: int,
         *arguments: int,
     ) -> None:
-        values = ctypes.create_string_buffer(self._size)
-        start = ctypes.addressof(values)
-        self._pack(values, 0, *arguments)
-        pointers = (ctypes.c_void_p * (2 + len(self._offsets)))(
-            *(each.location for each in maps), *(start + offset for offset in self._offsets)
-        )
+        if maps != self._maps:
+            self._maps = maps  # keeps them alive
+            self._pointers[0], self._pointers[1] = maps[0].location, maps[1].location
+        self._pack(self._values, 0, *arguments)
         status = self._run(
-            self._function, blocks, 1, 1, threads, 1, 1, shared, stream, pointers, None
+            self._function, blocks, 1, 1, threads, 1, 1, shared, stream, self._pointers, None
         )
         if status:
             raise self._cuda.error("cuLaunchKernel", status, ())

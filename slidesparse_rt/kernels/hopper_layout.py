@@ -4,8 +4,8 @@ A 2:4 sparse matrix (rows, row bytes) is cut into panels of 128 rows and stages 
 panel has for every stage two *units*, one for each of its blocks of 64 rows: the kept elements, 64
 bytes a row, then the metadata, which names their places.
 
-Row ``16 * warp + g + 8 * h`` of block ``m`` is row ``32 * warp + 4 * g + 2 * m + h`` of the panel, so
-that the results that a thread gets for a token lie side by side.
+Row ``16 * warp + g + 8 * h`` of block ``m`` is row ``32 * warp + 4 * g + 2 * m + h`` of the panel,
+so that the results that a thread gets for a token lie side by side.
 
 Sources: PTX ISA, "Matrix fragments for warpgroup-level multiply-accumulate operation with sparse
 matrix A" (metadata of m64nNk64 and m64nNk32) and "Strides and swizzling modes" (64 bytes).
