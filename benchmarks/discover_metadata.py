@@ -1,9 +1,9 @@
-"""Which rows and columns each nibble of a sparse product's metadata describes, found by flipping it.
+"""Which rows and columns each nibble of the metadata describes, found by flipping it.
 
     python benchmarks/discover_metadata.py > benchmarks/results/hopper-metadata-<gpu>.txt
 
 The PTX ISA has this as figures only.  The weight is all ones with metadata (0, 1) everywhere, the
-tokens are unit vectors, so a result is 1 where an input is kept; changing one nibble to (2, 3) shows
+tokens are unit vectors: a result is 1 where an input is kept, and changing a nibble to (2, 3) shows
 which channels and inputs it is about.  For 16-bit types; needs a Hopper GPU.
 """
 
