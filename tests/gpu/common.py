@@ -9,11 +9,18 @@ import numpy as np
 
 import slidesparse_rt as ss
 from slidesparse_rt.dtypes import operand
+from slidesparse_rt.ffi.driver import probe
 from slidesparse_rt.packing import quantize, quantize_tokens
 
 Array = np.ndarray[Any, Any]
 
-BACKENDS = ("cusparselt", "dense")
+#: What tests are parametrized with.  conftest.py skips those of "hopper" where it cannot run.
+BACKENDS = ("cusparselt", "dense", "hopper")
+_FOUND = probe().devices
+#: Whether the first GPU is of the one compute capability that the backend "hopper" is for.
+ON_HOPPER = bool(_FOUND) and _FOUND[0].compute_capability == (9, 0)
+#: For loops within a test.
+BACKENDS_HERE = BACKENDS if ON_HOPPER else BACKENDS[:2]
 #: (backend, operand format).  fp16 of cuSPARSELt, which not every GPU has, has its own test.
 FORMATS = [
     (backend, dtype)

@@ -1,4 +1,4 @@
-"""GPU tests are skipped only where the driver reports no GPU."""
+"""GPU tests are skipped only where the driver reports no GPU, those of Hopper on other GPUs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,39 @@ import os
 
 import pytest
 
-from slidesparse_rt.ffi.driver import probe
+from slidesparse_rt.ffi.driver import DeviceInfo, probe
 
 # JAX would take three quarters of the GPU's memory, and other tests need tens of gigabytes.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stress-seconds",
+        type=float,
+        default=20,
+        help="how long the stress test of the Hopper kernel runs",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     report = probe()
     if report.devices:
+        _skip_hopper(items, report.devices[0])
         return
     skip = pytest.mark.skip(reason=f"no NVIDIA GPU here: {report.problem}")
     for item in items:
         if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
+def _skip_hopper(items: list[pytest.Item], gpu: DeviceInfo) -> None:
+    """Skip what is parametrized or marked with the backend "hopper" on any other GPU."""
+    if gpu.compute_capability == (9, 0):
+        return
+    found = ".".join(map(str, gpu.compute_capability))
+    skip = pytest.mark.skip(reason=f"needs compute capability 9.0, {gpu.name} has {found}")
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "hopper" in (value for value in values if isinstance(value, str)):
             item.add_marker(skip)

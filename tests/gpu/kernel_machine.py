@@ -13,7 +13,10 @@ _GUARD = 4096
 
 
 class Memory:
-    """Device memory at a chosen offset from a 256-byte boundary, with guards around it."""
+    """Device memory at a chosen offset from a 256-byte boundary, with guards around it.
+
+    ``bytes`` is the memory as a tensor of uint8.
+    """
 
     def __init__(self, nbytes: int, offset: int) -> None:
         import torch
@@ -21,7 +24,7 @@ class Memory:
         start = _GUARD + offset
         size = start + nbytes + _GUARD
         self._all = torch.full((size,), POISON, dtype=torch.uint8, device="cuda")
-        self._bytes = self._all[start : start + nbytes]
+        self.bytes = self._all[start : start + nbytes]
         self._guards = self._all[:start], self._all[start + nbytes :]
         self.address = self._all.data_ptr() + start
 
@@ -29,10 +32,10 @@ class Memory:
         import torch
 
         flat = np.ascontiguousarray(values).view(np.uint8).reshape(-1)
-        self._bytes.copy_(torch.from_numpy(flat.copy()))
+        self.bytes.copy_(torch.from_numpy(flat.copy()))
 
     def read(self) -> np.ndarray:
-        host: np.ndarray = self._bytes.cpu().numpy()  # waits for the kernels before it
+        host: np.ndarray = self.bytes.cpu().numpy()  # waits for the kernels before it
         return host
 
     def check(self) -> None:

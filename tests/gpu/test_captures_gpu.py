@@ -66,8 +66,8 @@ def test_refusals_within_a_capture_leave_it_intact(plan):
     other = torch.zeros((M + 1, K), dtype=torch.bfloat16, device="cuda")
     single = torch.zeros((M, K), device="cuda")
     elsewhere = torch.cuda.Stream()
-    prepared_elsewhere = torch.zeros((4 * M, K), dtype=torch.bfloat16, device="cuda")
-    plan.prepare([4 * M], stream=elsewhere)
+    prepared_elsewhere = torch.zeros((64 * M, K), dtype=torch.bfloat16, device="cuda")
+    plan.prepare([64 * M], stream=elsewhere)
     torch.cuda.synchronize()
     with captured.capturing():
         with pytest.raises(ss.CaptureError, match=r"prepare\(tokens=\[49\]"):

@@ -9,7 +9,16 @@ import pytest
 
 import slidesparse_rt as ss
 
-from .common import BACKENDS, assert_same, data, reference, to_host, to_torch, weight
+from .common import (
+    BACKENDS,
+    BACKENDS_HERE,
+    assert_same,
+    data,
+    reference,
+    to_host,
+    to_torch,
+    weight,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -73,7 +82,7 @@ def test_bad_out(plan):
 def test_bad_weights():
     w = data(0, (N, K))
     for source in (w, to_torch(w)):
-        for backend in BACKENDS:
+        for backend in BACKENDS_HERE:
             with pytest.raises(ss.PatternError) as caught:
                 ss.SparseGemmPlan(source, "6:8", backend=backend, device="cuda")
             with pytest.raises(ss.PatternError) as expected:
@@ -98,7 +107,7 @@ def test_bad_weights():
 def test_use_after_close():
     import torch
 
-    for backend in BACKENDS:
+    for backend in BACKENDS_HERE:
         plan = ss.SparseGemmPlan(weight(0, N, K, "6:8"), "6:8", backend=backend)
         plan.close()
         plan.close()

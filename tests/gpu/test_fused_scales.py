@@ -146,7 +146,13 @@ def test_graphs_and_split_runs():
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("dense", "int8"), ("dense", "fp8_e4m3"), ("cusparselt", "fp8_e4m3")]
+    ("backend", "dtype"),
+    [
+        ("dense", "int8"),
+        ("dense", "fp8_e4m3"),
+        ("cusparselt", "fp8_e4m3"),
+        ("hopper", "int8"),
+    ],
 )
 def test_other_backends_and_formats_refuse_it(backend, dtype):
     with pytest.raises(ss.OptionError, match="allowed is int8 on cusparselt"):

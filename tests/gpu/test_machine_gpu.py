@@ -12,7 +12,7 @@ from slidesparse_rt.cli import main
 from slidesparse_rt.ffi.driver import DriverReport, probe
 from slidesparse_rt.ffi.libraries import examine, library
 
-from .common import assert_same, data, reference, to_host, to_torch, weight
+from .common import ON_HOPPER, assert_same, data, reference, to_host, to_torch, weight
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +48,7 @@ def hide(monkeypatch, *names):
         ("dense", "cublasLt", "cuBLASLt"),
         ("cusparselt", "nvrtc", "NVRTC"),
         ("dense", "nvrtc", "NVRTC"),
+        ("hopper", "nvrtc", "NVRTC"),
     ],
 )
 def test_a_missing_library_is_named(monkeypatch, backend, name, title):
@@ -94,5 +95,8 @@ def test_doctor_reports_the_gpus(capsys):
         if verdict["device"] == "cuda:0" and verdict["ok"]
     }
     assert {("dense", "int8"), ("cusparselt", "int8")} <= runs
+    assert {dtype for backend, dtype in runs if backend == "hopper"} == (
+        {"int8", "fp8_e4m3", "bf16", "fp16"} if ON_HOPPER else set()
+    )
     assert main(["doctor"]) == 0
     assert found.devices[0].name in capsys.readouterr().out

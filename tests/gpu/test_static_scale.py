@@ -14,6 +14,7 @@ from slidesparse_rt.pattern import PATTERNS
 
 from .common import (
     BACKENDS,
+    BACKENDS_HERE,
     FLOATS,
     assert_near,
     assert_same,
@@ -55,7 +56,7 @@ def test_int8_is_identical_to_the_bit(pattern, n, k, m, x_type, out_type, with_b
         "x_scale": calibrated(x, "int8", part) if x.any() else 0.5,
     }
     expected = reference(w, pattern, x, "int8", **options)
-    for backend in BACKENDS:
+    for backend in BACKENDS_HERE:
         with ss.SparseGemmPlan(w, pattern, backend=backend, device="cuda", **options) as plan:
             assert_same(to_host(plan.run(to_torch(x))), expected)
 

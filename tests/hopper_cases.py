@@ -1,0 +1,85 @@
+"""What the tests of the Hopper GEMM share: every kernel that is shipped, and 2:4 matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from slidesparse_rt.dtypes import operand
+from slidesparse_rt.kernels import catalog
+from slidesparse_rt.kernels.catalog import KernelSpec
+from slidesparse_rt.kernels.compiler import Compiler, default_directory
+from slidesparse_rt.kernels.hopper import HopperConfig, configurations
+
+DTYPES = ("int8", "fp8_e4m3", "bf16", "fp16")
+OUT_TYPES = ("float32", "float16", "bfloat16")
+#: Multiprocessors of an H100 SXM; of its smaller kin; of what a MIG slice may have.
+SM_COUNTS = (132, 114, 16)
+
+
+def shipped() -> list[HopperConfig]:
+    """One configuration for each way in which `configurations` lets the kernel be compiled."""
+    found: dict[HopperConfig, HopperConfig] = {}
+    for tokens in sorted({size + more for size in (2**i for i in range(15)) for more in (0, 1)}):
+        for n in (1, 256, 1024, 4096, 1 << 17):
+            for slid_bytes in (256, 512, 1024, 2048, 1 << 16):
+                for sm_count in SM_COUNTS:
+                    for config in configurations(n, slid_bytes, tokens, sm_count):
+                        split = 2 if config.splits > 1 else 1
+                        found.setdefault(replace(config, splits=split, tile_group=8), config)
+    return [replace(config, splits=key.splits) for key, config in found.items()]
+
+
+def spec_of(config: HopperConfig, dtype: str, out_type: str) -> KernelSpec:
+    """The kernel of a configuration."""
+    return catalog.hopper_gemm(
+        dtype,
+        out_type,
+        tokens=config.tokens,
+        blocks=config.blocks,
+        groups=config.groups,
+        k_groups=config.k_groups,
+        stages=config.stages,
+        splits=config.splits > 1,
+    )
+
+
+def pairs() -> list[tuple[HopperConfig, str, str]]:
+    """Every pair of configuration, operand format and type of results, not every triple."""
+    return [
+        (config, dtype, OUT_TYPES[(i + j) % len(OUT_TYPES)])
+        for i, config in enumerate(shipped())
+        for j, dtype in enumerate(DTYPES)
+    ]
+
+
+def keep_compiled(spec: KernelSpec) -> str:
+    """Compile a kernel for this user's next process; what went wrong, or ""."""
+    try:
+        Compiler(default_directory()).compile(spec, "sm_90a")
+    except Exception as error:
+        return f"{spec.title}: {error}"
+    return ""
+
+
+def sparse_bits(rng: np.random.Generator, rows: int, columns: int, dtype: str) -> np.ndarray:
+    """A 2:4 matrix of any bit patterns but NaN, some windows with fewer than two nonzeros.
+
+    Some zeros are negative where the format has them.
+    """
+    kind = operand(dtype).dtype
+    size = kind.itemsize
+    sign = np.array(0x80 if size == 1 else 0x8000, f"u{size}")
+    values = rng.integers(0, 1 << (8 * size), (rows, columns), dtype=f"u{size}")
+    if dtype != "int8":
+        magnitude = values & ~sign
+        infinity = {"fp8_e4m3": 0x7F, "bf16": 0x7F80, "fp16": 0x7C00}[dtype]
+        values = np.where(magnitude >= infinity, values & sign | 1, values)
+    kept = np.argsort(rng.random((rows, columns // 4, 4)), axis=2)[:, :, :2]
+    mask = np.zeros((rows, columns // 4, 4), bool)
+    np.put_along_axis(mask, kept, rng.random(kept.shape) < 0.8, axis=2)
+    zeros = np.zeros_like(values)
+    if dtype != "int8":
+        zeros = np.where(rng.random(values.shape) < 0.1, sign, zeros)
+    return np.where(mask.reshape(rows, columns), values, zeros).astype(f"u{size}").view(kind)
