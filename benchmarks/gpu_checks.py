@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,25 @@ import numpy as np
 import torch
 
 import slidesparse_rt as ss
+from slidesparse_rt.arrays import Device
+from slidesparse_rt.backends import Problem, choose
 from slidesparse_rt.bench.record import command_line, environment, write_json
 from slidesparse_rt.bench.shapes import model
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.packing import quantize, quantize_tokens
+from slidesparse_rt.pattern import Pattern
+
+
+def able(*sides: tuple[str, str]) -> Iterator[tuple[str, str]]:
+    """Those of (backend, operand format) that this GPU can run; says which it cannot."""
+    pattern = Pattern.parse("6:8")
+    for backend, dtype in sides:
+        try:
+            choose(backend, Problem(512, 128, pattern, operand(dtype)), Device("cuda", 0))
+        except ss.BackendUnavailable as error:
+            print(f"{backend} {dtype}: left out: {error}", flush=True)
+        else:
+            yield backend, dtype
 
 
 def sum_errors(backend: str, dtype: str) -> list[dict[str, Any]]:
@@ -83,7 +99,11 @@ def main() -> None:
     options = parser.parse_args()
     properties = torch.cuda.get_device_properties(0)
     errors, packed = [], []
-    for backend, dtype in (
+    for backend, dtype in able(
+        ("hopper", "int8"),
+        ("hopper", "fp8_e4m3"),
+        ("hopper", "bf16"),
+        ("hopper", "fp16"),
         ("cusparselt", "int8"),
         ("cusparselt", "fp8_e4m3"),
         ("cusparselt", "bf16"),
@@ -94,7 +114,14 @@ def main() -> None:
     ):
         errors += sum_errors(backend, dtype)
         print(backend, dtype, [f"{row['largest']:.2e}" for row in errors[-4:]], flush=True)
-    for backend, dtype in (("cusparselt", "int8"), ("cusparselt", "fp8_e4m3"), ("dense", "int8")):
+    for backend, dtype in able(
+        ("hopper", "int8"),
+        ("hopper", "fp8_e4m3"),
+        ("cusparselt", "int8"),
+        ("cusparselt", "fp8_e4m3"),
+        ("dense", "int8"),
+        ("dense", "fp8_e4m3"),
+    ):
         packed.append(packing(backend, dtype))
         print(packed[-1], flush=True)
     gpu = {"name": properties.name, "memory_bytes": properties.total_memory}

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from slidesparse_rt.bench.record import upgraded
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +25,7 @@ PATTERNS = ("2:4", "4:6", "6:8", "8:10")
 def read(name: str) -> dict[str, Any]:
     """One result file."""
     document: dict[str, Any] = json.loads((RESULTS / name).read_text())
-    return document
+    return upgraded(document) if "schema" in document else document
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -61,7 +63,9 @@ def ratios(name: str, stage: str, mode: str) -> str:
             if not found:
                 continue
             bound = next(iter(found.values()))["bound"]
-            cells = [f"{found[m]['ratio']:.2f}" if m in found else "-" for m in tokens]
+            cells = [
+                f"{found[m]['ratio']['cusparselt']:.2f}" if m in found else "-" for m in tokens
+            ]
             lines.append([dtype, pattern, f"{bound:.2f}", *cells])
     return table(["type", "pattern", "bound", *(f"M={m}" for m in tokens)], lines)
 

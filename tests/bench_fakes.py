@@ -17,6 +17,7 @@ from slidesparse_rt.bench import clocks, gemm, quantize, record, shapes, timing
 from slidesparse_rt.bench.record import Budget, Record
 from slidesparse_rt.dtypes import array_type
 from slidesparse_rt.kernels import launch as launch_module
+from slidesparse_rt.kernels.catalog import HOPPER_COUNTERS
 from slidesparse_rt.packing import prune
 from slidesparse_rt.packing import quantize as quantize_weight
 from slidesparse_rt.packing.quantize import quantize_tokens
@@ -195,7 +196,11 @@ class FakePlan:
     closed = 0
     cuda: Cuda
     #: Microseconds of a product, by backend, and what spoils its outputs.
-    cost: ClassVar[dict[str, float]] = {"cusparselt": 10_000.0, "dense": 15_000.0}
+    cost: ClassVar[dict[str, float]] = {
+        "hopper": 5_000.0,
+        "cusparselt": 10_000.0,
+        "dense": 15_000.0,
+    }
     spoil = staticmethod(lambda backend, values: None)
 
     def __init__(self, weight, pattern, *, dtype, backend, device, options):
@@ -213,12 +218,12 @@ class FakePlan:
         self.values, self.scales = operands["values"], operands["scales"]
         self._prepared = self
         self.weight = SimpleNamespace(operand=dtype)
-        self.sparse = backend == "cusparselt"
+        self.sparse = backend != "dense"
         self.lift = Pattern.parse(pattern) if self.sparse else Pattern.parse("2:4")
         self.row_length = self.lift.slid_k(self.k)
         self.padded_n = -(-self.n // 32) * 32
         self.sums_type = {"int8": "int32", "bf16": "bfloat16"}.get(dtype.name, "float32")
-        if not self.sparse and dtype.name == "bf16":
+        if backend == "hopper" or (backend == "dense" and dtype.name == "bf16"):
             self.sums_type = "float32"
         self.prepared_for = set()
 
@@ -226,17 +231,24 @@ class FakePlan:
         assert kind.name == "bfloat16"
         assert stride == self.n
         assert y % 16 == 0
+        if self.backend == "hopper":
+            return True
         return not self.sparse and self.weight.operand.name != "int8"
 
     def product(self, tokens, direct, stream):
         assert self.cuda.capturing is None
+        # What is measured was compiled and searched for ahead of it.
+        assert tokens in self.prepared_for
+        assert direct is not None or self.backend != "hopper"
         plan = self
 
         class Product:
             scratch_bytes = 64
 
-            def launch(self, q, scales, target, scratch, stream):
+            def launch(self, q, scales, target, stride, scratch, counters, stream):
                 assert scratch % 16 == 0
+                assert stride == (plan.n if self.direct else plan.padded_n)
+                assert not host(counters, (HOPPER_COUNTERS,), np.int32).any()
                 plan.cuda.enqueue(
                     lambda: plan.multiply(tokens, q, scales, target, self.direct), plan.price
                 )

@@ -16,9 +16,9 @@ from bench_fakes import BF16, new_record
 from cli_helpers import in_process, leftovers
 from rich.console import Console
 
-from slidesparse_rt.bench import checks, clocks, record, timing
+from slidesparse_rt.bench import checks, clocks, gemm_settings, record, timing
 from slidesparse_rt.bench.record import WrongOutput
-from slidesparse_rt.cli import bench as cli_bench
+from slidesparse_rt.cli.bench_tables import render
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.errors import (
     BackendUnavailable,
@@ -183,7 +183,7 @@ def test_documents_that_are_none():
     record.check_document(good)
     for change, words in (
         ({"schema": "other"}, "no result"),
-        ({"schema_version": 2}, "schema_version is 2"),
+        ({"schema_version": 3}, "schema_version is 3"),
         ({"rows": None}, "'rows'"),
         ({"what": "speed"}, "what is 'speed'"),
         ({"rows": [{"m": 1}]}, "row 0 lacks bound"),
@@ -193,6 +193,26 @@ def test_documents_that_are_none():
             record.check_document(good | change)
     with pytest.raises(FormatError):
         record.check_document([])
+
+
+def test_results_of_version_1_are_still_read():
+    row = {
+        "model": "m", "m": 1, "dtype": "int8", "pattern": "6:8", "stage": "op", "mode": "burst",
+        "us": {"cusparselt": 2.0, "dense": 1.0}, "bound": 4 / 3, "checked": {},
+        "ratio": 0.5, "ratio_best_8bit": None,
+    }  # fmt: skip
+    old = new_record().document | {"schema_version": 1, "rows": [row]}
+    new = record.upgraded(old)
+    record.check_document(new)
+    assert new["rows"] == [row | {"ratio": {"cusparselt": 0.5}, "ratio_best_8bit": None}]
+    assert record.upgraded(new) == new
+    assert old["rows"] == [row]
+    assert old["schema_version"] == 1
+    other = new_record("quantize").document | {"schema_version": 1}
+    assert record.upgraded(other) == other | {"schema_version": 2}
+    for wrong in (old | {"schema_version": 3}, old | {"rows": None}, {"schema_version": 1}):
+        with pytest.raises(FormatError):
+            record.upgraded(wrong)
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
@@ -304,6 +324,8 @@ def test_refusal_has_the_words_of_the_backends(monkeypatch):
         (("gemm", "--patterns", ","), 2, "the list is empty"),
         (("gemm", "--patterns", "3:7"), 1, "pattern '3:7'"),
         (("gemm", "--models", "x"), 1, "model 'x' is unknown"),
+        (("gemm", "--backend", "x"), 1, "backends is ['x']; allowed are one or more of hopper"),
+        (("gemm", "--stages", "x"), 1, "stages is ['x']; allowed are one or more of gemm, op"),
         (("quantize", "--x-types", "int8"), 1, "int8 is not supported"),
         (("overhead", "--tokens", "33"), 1, "multiples of 32"),
         (("gemm", "--output", "no/such/folder/r.json"), 1, "is no folder"),
@@ -325,11 +347,22 @@ def test_help(run):
 def test_commands_from_end_to_end(run, gpu, plans, kernels, tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "require_gpu", lambda libraries, index: None)
     monkeypatch.setattr(timing, "Gpu", lambda index: gpu)
+    refused = set()
+
+    def choose(name, problem, device):
+        if name in refused:
+            raise BackendUnavailable(f"no {name} here")
+
+    monkeypatch.setattr(gemm_settings, "choose", choose)
     path = tmp_path / "gemm.json"
     options = ("--models", "tiny", "--tokens", "16", "--rounds", "2", "--output", path)
     code, out, err = run("bench", "gemm", "--quick", *options)
     assert code == 0, err
-    assert "tiny 6:8 int8 M=16: gemm burst: cusparselt 20000.0 us, dense 30000.0 us" in err
+    assert "2 cases of hopper, cusparselt, dense: about 0." in err
+    assert (
+        "tiny 6:8 int8 M=16: gemm burst: hopper 10000.0 us, cusparselt 20000.0 us, dense "
+        "30000.0 us, ratio 3.000, 1.500 (at most 1.333)"
+    ) in err
     assert "NVIDIA Test 80GB" in out
     assert "1.500" in out
     assert f"written to {path}" in out
@@ -340,6 +373,30 @@ def test_commands_from_end_to_end(run, gpu, plans, kernels, tmp_path, monkeypatc
     code, out, _ = run("bench", "gemm", "--quick", *options, "--json", "--commit", "abc")
     assert code == 0
     assert json.loads(out)["commit"]["id"] == "abc"
+
+    refused.add("hopper")
+    few = ("--stages", "op", "--no-layers", "--sustained", "--seconds", "0.1")
+    code, out, err = run("bench", "gemm", "--quick", *options, *few, "--time-budget", "0.1")
+    assert code == 0, err
+    assert "of which the time budget allows 0.0" in err
+    code, out, err = run(
+        "bench", "gemm", "--quick", *options, *few, "--sustained-rounds", "1", "--json"
+    )
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["settings"]["backends"] == ["cusparselt"]
+    assert document["settings"]["sustained_rounds"] == 1
+    assert document["left_out"] == [
+        {"case": "hopper", "reason": "unavailable", "why": "no hopper here"}
+    ]
+    assert {row["stage"] for row in document["rows"]} == {"op"}
+    assert {row["mode"] for row in document["rows"]} == {"burst", "sustained"}
+    code, out, err = run("bench", "gemm", "--quick", *options, "--backend", "hopper")
+    assert (code, err) == (1, "error: no hopper here\n")
+    refused.clear()
+    code, out, err = run("bench", "gemm", "--quick", *options, "--backend", "cusparselt")
+    assert code == 0, err
+    assert set(json.loads(path.read_text())["rows"][0]["us"]) == {"cusparselt", "dense"}
 
     plans.spoil = staticmethod(lambda backend, values: values.fill(0))
     code, out, _ = run("bench", "gemm", "--quick", *options)
@@ -367,7 +424,7 @@ def synthetic(what):
 
 def shown(document, **options):
     screen = Console(file=io.StringIO(), width=200, highlight=False, markup=False)
-    cli_bench.render(document, screen, **options)
+    render(document, screen, **options)
     return screen.file.getvalue()
 
 
@@ -376,16 +433,21 @@ def test_tables():
     common = {"model": "qwen2.5-7b", "m": 4096, "dtype": "int8", "pattern": "6:8", "bound": 4 / 3}
     common |= {"mode": "sustained", "checked": {}}
     document["rows"] = [
-        common | {"stage": "gemm", "us": {"cusparselt": 1402.3, "dense": 1500.0},
-                  "ratio": 1.0697, "ratio_best_8bit": 0.987},
+        common | {"stage": "gemm", "us": {"hopper": 1200.0, "cusparselt": 1402.3, "dense": 1500.0},
+                  "ratio": {"hopper": 1.25, "cusparselt": 1.0697},
+                  "ratio_best_8bit": {"hopper": 1.1514, "cusparselt": 0.987}},
+        common | {"stage": "op", "us": {"hopper": 1300.0, "dense": 1690.0},
+                  "ratio": {"hopper": 1.3}, "ratio_best_8bit": None},
     ]  # fmt: skip
     text = shown(document)
     assert "NVIDIA H100, driver 580.1" in text
     assert "commit 0123456789ab with changes" in text
-    (line,) = [line for line in text.splitlines() if "qwen2.5-7b" in line]
-    assert " ".join(line.split()) == (
-        "qwen2.5-7b 6:8 int8 4096 sustained 1.333 1402.3 1500.0 1.070 0.987 - - - -"
-    )
+    lines = [" ".join(line.split()) for line in text.splitlines() if "qwen2.5-7b" in line]
+    assert lines == [
+        "qwen2.5-7b 6:8 int8 hopper 4096 sustained 1.333 "
+        "1200.0 1500.0 1.250 1.151 1300.0 1690.0 1.300 -",
+        "qwen2.5-7b 6:8 int8 cusparselt 4096 sustained 1.333 1402.3 1500.0 1.070 0.987 - - - -",
+    ]
     assert "left out (time budget): case 0, case 1, case 2 and 2 more: no time left" in text
     assert "not complete" not in text
     assert "not complete" in shown(document | {"complete": False})

@@ -30,11 +30,13 @@ from ..packing.quantize import quantize_tokens
 from ..pattern import Pattern
 from .checks import check_result, exact, sample
 from .record import FAILURES, Budget, Record, reason_of
+from .sides import DENSE, SPARSE
 from .timing import Gpu
 
 __all__ = ["LIBRARIES", "HostTime", "OverheadSettings", "host_time", "profile_rows", "run_overhead"]
 
-LIBRARIES = ("cusparseLt", "cublasLt", "nvrtc")
+#: Libraries without which nothing can be measured.
+LIBRARIES = ("nvrtc",)
 _BF16 = "bfloat16"
 #: Rows of a profile that are kept.
 _TOP = 15
@@ -54,7 +56,7 @@ class OverheadSettings:
         Batches, and calls of one batch.
     """
 
-    backends: tuple[str, ...] = ("cusparselt", "dense")
+    backends: tuple[str, ...] = (*SPARSE, DENSE)
     dtypes: tuple[str, ...] = ("int8", "fp8_e4m3", "bf16")
     pattern: str = "6:8"
     m: int = 32

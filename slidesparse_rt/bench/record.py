@@ -1,6 +1,6 @@
 """What a result file holds: the numbers, and everything that is needed to trust or repeat them.
 
-Layout (JSON), version 1::
+Layout (JSON), version 2::
 
     schema, schema_version, what     "slidesparse_rt.benchmark", 1, "gemm" | "quantize" | "overhead"
     time, command, package           UTC, the command line, slidesparse_rt's version
@@ -14,6 +14,10 @@ Layout (JSON), version 1::
     left_out                         [{case, reason, why}]: everything asked for and not reported
 
 The file is written again after every case, whole or not at all.
+
+Version 1 differs in rows of "gemm": the one sparse side was cuSPARSELt, and ``ratio`` and
+``ratio_best_8bit`` are its numbers; in version 2 they hold one for each sparse side.
+:func:`upgraded` reads both.
 """
 
 from __future__ import annotations
@@ -57,11 +61,12 @@ __all__ = [
     "environment",
     "reason_of",
     "sources_digest",
+    "upgraded",
     "write_json",
 ]
 
 SCHEMA = "slidesparse_rt.benchmark"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: Why something asked for is not reported.  The last two make the command fail.
 LEFT_OUT = ("unavailable", "time budget", "wrong output", "error")
 _FATAL = ("wrong output", "error")
@@ -117,6 +122,10 @@ class Budget:
 
     seconds: float | None = None
     _start: float = field(default_factory=time.monotonic)
+
+    def restart(self) -> None:
+        """Count from now."""
+        self._start = time.monotonic()
 
     @property
     def spent(self) -> bool:
@@ -223,6 +232,30 @@ def check_document(document: Any) -> None:
     for entry in document["left_out"]:
         if entry.get("reason") not in LEFT_OUT:
             raise FormatError(f"left_out gives the reason {entry.get('reason')!r}")
+
+
+def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A result document of any version known here in the present one; it is not changed itself.
+
+    Raises FormatError as :func:`check_document`.
+    """
+    made = dict(document)
+    if made.get("schema_version") == 1:
+        made["schema_version"] = SCHEMA_VERSION
+        if made.get("what") == "gemm" and isinstance(made.get("rows"), list):
+            made["rows"] = [_by_side(row) for row in made["rows"]]
+    check_document(made)
+    return made
+
+
+def _by_side(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of version 1 with ratios by sparse side."""
+    ratios = {
+        key: None if row[key] is None else {"cusparselt": row[key]}
+        for key in ("ratio", "ratio_best_8bit")
+        if key in row
+    }
+    return dict(row) | ratios
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

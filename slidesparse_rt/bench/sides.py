@@ -12,7 +12,21 @@ from ..pattern import Pattern
 from .shapes import Layer
 from .timing import Gpu, Memory
 
-__all__ = ["BF16", "WORKSPACE", "GpuSide", "Output", "Side", "Work", "make_weights"]
+__all__ = [
+    "BF16",
+    "DENSE",
+    "SPARSE",
+    "WORKSPACE",
+    "GpuSide",
+    "Output",
+    "Side",
+    "Work",
+    "make_weights",
+]
+
+#: The backend that every other is compared with, and those that skip zeros, the fastest first.
+DENSE = "dense"
+SPARSE = ("hopper", "cusparselt")
 
 #: Type of activations, weights and results.
 BF16 = "bfloat16"
@@ -46,6 +60,10 @@ class Side(Protocol):
 
     #: Type in which the library returns sums.
     sums_type: str
+
+    def prepare(self, tokens: Sequence[int]) -> None:
+        """Compile, search and allocate for these numbers of tokens, ahead of what is timed."""
+        ...
 
     def gemm(self, index: int, tokens: int, x: int, y: int) -> Work:
         """The product alone; quantizes x (tokens, K) at once, may write its result to ``y``."""
@@ -98,6 +116,11 @@ class GpuSide:
             self.close()
             raise
         self.sums_type = str(self._plans[0]._prepared.sums_type)
+
+    def prepare(self, tokens: Sequence[int]) -> None:
+        """See :class:`Side`."""
+        for plan in self._plans:
+            plan.prepare(tokens, x_dtype=BF16, stream=self._gpu.stream)
 
     def gemm(self, index: int, tokens: int, x: int, y: int) -> Work:
         """See :class:`Side`.  Everything lies as in a plan's own workspace."""

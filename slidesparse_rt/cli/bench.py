@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..bench.clocks import Clocks
+    from ..bench.gemm import GemmSettings
     from ..bench.record import Budget, Record
     from ..bench.timing import Gpu
 
-__all__ = ["bench", "render"]
+__all__ = ["bench"]
 
 bench = typer.Typer(add_completion=False)
 
@@ -80,6 +80,20 @@ def gemm(
     patterns: Annotated[
         str | None, typer.Option(help="Patterns, in this order (default: 6:8,4:6,2:4,8:10).")
     ] = None,
+    backends: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--backend",
+            help="A sparse backend to compare with dense: hopper or cusparselt; may be repeated. "
+            "Default: every one that supports the GPU.",
+        ),
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="gemm (products alone), op (operators); default: both.")
+    ] = None,
+    no_layers: Annotated[
+        bool, typer.Option("--no-layers", help="Do not time the layers one by one as well.")
+    ] = False,
     sustained: Annotated[
         bool,
         typer.Option("--sustained", help="Also measure each side alone, for seconds: see --help."),
@@ -87,6 +101,9 @@ def gemm(
     seconds: Annotated[
         float, typer.Option(min=0.1, help="Length of one sustained round of one side.")
     ] = 1.0,
+    sustained_rounds: Annotated[
+        int, typer.Option(min=1, help="Sustained rounds of each side.")
+    ] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of a burst.")] = 20,
     output: _OUTPUT = None,
     quick: _QUICK = False,
@@ -95,12 +112,12 @@ def gemm(
     commit: _COMMIT = None,
     as_json: _JSON = False,
 ) -> None:
-    """Compare sparse products (cuSPARSELt) with dense ones (cuBLASLt), alone and as operators.
+    """Compare sparse products with dense ones (cuBLASLt), alone and as operators.
 
     Times are summed over a model's layers. In a burst both sides take turns, warm; sustained, each
     side runs alone for a while and the last half counts: that is the figure to quote.
     """
-    from ..bench.gemm import LIBRARIES, GemmSettings, run_gemm
+    from ..bench.gemm import GemmSettings, run_gemm
 
     small: dict[str, Any] = {}
     if quick:
@@ -118,16 +135,24 @@ def gemm(
             tokens=_numbers(tokens, "--tokens"),
             dtypes=_words(dtypes, "--dtypes"),
             patterns=_words(patterns, "--patterns"),
+            backends=tuple(backends) if backends else None,
+            stages=_words(stages, "--stages"),
         ),
+        layer_times=not no_layers,
         rounds=rounds,
         sustained=sustained,
         seconds=seconds,
+        sustained_rounds=sustained_rounds,
     )
+    settings, refused = _usable(settings, output, device, asked=bool(backends))
     plain = settings.to_json() | {"quick": quick, "time_budget": time_budget}
     with (
-        _session("gemm", LIBRARIES, plain, output, device, commit, time_budget) as now,
+        _session("gemm", (), plain, output, device, commit, time_budget) as now,
         now.progress(settings.cases) as (say, done),
     ):
+        for name, why in refused.items():
+            now.record.leave_out(name, "unavailable", why)
+        say(_expected(settings, time_budget))
         run_gemm(
             now.gpu,
             settings,
@@ -246,6 +271,30 @@ def overhead(
     _finish(now.record, as_json, profile=profile)
 
 
+def _usable(
+    settings: GemmSettings, output: Path | None, device: int, *, asked: bool
+) -> tuple[GemmSettings, dict[str, str]]:
+    """The settings with the sparse backends that can run, and why the others cannot."""
+    from ..bench.gemm import usable_backends
+    from ..bench.timing import require_gpu
+
+    _check_folder(output)
+    require_gpu(("nvrtc",), device)
+    backends, refused = usable_backends(settings, device, asked=asked)
+    return replace(settings, backends=backends), refused
+
+
+def _expected(settings: GemmSettings, budget: float | None) -> str:
+    """What to expect, for people."""
+    from ..bench.gemm import estimate
+
+    minutes = estimate(settings) / 60
+    words = f"{settings.cases} cases of {', '.join(settings.sides)}: about {minutes:.1f} minutes"
+    if budget is not None and minutes * 60 > budget:
+        words += f", of which the time budget allows {budget / 60:.1f}"
+    return f"{words}, and up to a minute for compiling kernels the first time"
+
+
 # --- what they share ------------------------------------------------------------------------------
 
 
@@ -286,10 +335,8 @@ def _session(
     from ..bench.clocks import Clocks
     from ..bench.record import Budget, Record, command_line, default_path, environment
     from ..bench.timing import Gpu, require_gpu
-    from ..errors import OptionError
 
-    if output is not None and not output.absolute().parent.is_dir():
-        raise OptionError(f"{output.absolute().parent} is no folder; make it first, for --output")
+    _check_folder(output)
     require_gpu(libraries, device)
     budget = Budget(seconds)
     gpu = Gpu(device)
@@ -315,8 +362,17 @@ def _session(
             gpu.close()
 
 
+def _check_folder(output: Path | None) -> None:
+    """Raise OptionError for a result file in a folder that does not exist."""
+    from ..errors import OptionError
+
+    if output is not None and not output.absolute().parent.is_dir():
+        raise OptionError(f"{output.absolute().parent} is no folder; make it first, for --output")
+
+
 def _finish(record: Record, as_json: bool, *, profile: bool = False) -> None:
     """Print the result; exit code 1 if an output was wrong or a case broke."""
+    from .bench_tables import render
     from .console import console, print_json
 
     if as_json:
@@ -356,140 +412,3 @@ def _numbers(text: str | None, option: str, *, word: str = "") -> tuple[int | st
 def _given(**options: Any) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in options.items() if value is not None}
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def render(document: Mapping[str, Any], screen: Console, *, profile: bool = False) -> None:
-    """Print a result document for people.
-
-    Raises FormatError if it is none.
-    """
-    from ..bench.record import check_document
-    from .console import printable
-
-    check_document(document)
-    gpu = document["gpu"] or {"name": "no GPU"}
-    commit = document["commit"]
-    words = [printable(str(gpu["name"]))]
-    if gpu.get("driver"):
-        words.append(f"driver {gpu['driver']}")
-    words += [
-        f"{name} {document['versions'][name]}"
-        for name in ("cusparselt", "cublaslt", "cuda_runtime", "cupy", "torch")
-        if document["versions"].get(name)
-    ]
-    if commit is not None:
-        words.append(f"commit {commit['id'][:12]}{' with changes' if commit['dirty'] else ''}")
-    screen.print(", ".join(words), soft_wrap=True)
-    {"gemm": _gemm_table, "quantize": _quantize_table, "overhead": _overhead_table}[
-        document["what"]
-    ](document["rows"], screen)
-    if profile:
-        _profiles(document["rows"], screen)
-    _left_out(document["left_out"], screen)
-    if not document["complete"]:
-        screen.print("This result is not complete.", soft_wrap=True)
-
-
-def _left_out(entries: Sequence[Mapping[str, str]], screen: Console) -> None:
-    from .console import printable
-
-    groups: dict[tuple[str, str], list[str]] = {}
-    for entry in entries:
-        groups.setdefault((entry["reason"], entry["why"]), []).append(entry["case"])
-    for (reason, why), cases in groups.items():
-        names = ", ".join(cases[:3]) + (f" and {len(cases) - 3} more" if len(cases) > 3 else "")
-        screen.print(printable(f"left out ({reason}): {names}: {why}"), soft_wrap=True)
-
-
-def _gemm_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
-    """One line for each case, products and operators side by side."""
-    from .console import show_table
-
-    cases: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        key = (row["model"], row["pattern"], row["dtype"], row["m"], row["mode"])
-        cases.setdefault(key, {})[row["stage"]] = row
-    lines = []
-    for (model, pattern, dtype, m, mode), stages in cases.items():
-        bound = next(iter(stages.values()))["bound"]
-        line = [model, pattern, dtype, str(m), mode, f"{bound:.3f}"]
-        for stage in ("gemm", "op"):
-            if stage not in stages:
-                line += ["-"] * 4
-                continue
-            row = stages[stage]
-            best = row.get("ratio_best_8bit")
-            line += [
-                f"{row['us']['cusparselt']:.1f}",
-                f"{row['us']['dense']:.1f}",
-                f"{row['ratio']:.3f}",
-                "-" if best is None else f"{best:.3f}",
-            ]
-        lines.append(line)
-    titles = ["model", "pattern", "dtype", "M", "mode", "bound"]
-    for stage in ("gemm", "op"):
-        titles += [f"{stage}\nsparse us", "dense us", "ratio", "to best\n8-bit"]
-    show_table(screen, titles, lines, left=3)
-
-
-def _quantize_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
-    from .console import show_table
-
-    lines = [
-        [
-            row["kernel"],
-            f"{row['x']} -> {row['out']}",
-            row["pattern"] or "-",
-            str(row["m"]),
-            str(row["columns"]),
-            f"{row['bytes']['read'] / 1e6:.1f}",
-            f"{row['bytes']['written'] / 1e6:.1f}",
-            f"{row['us']:.1f}",
-            f"{row['tb_per_s']:.2f}",
-            f"{row['copy_tb_per_s']:.2f}",
-            f"{100 * row['of_copy']:.1f}%",
-        ]
-        for row in rows
-    ]
-    titles = ["kernel", "types", "pattern", "M", "K or N", "MB read", "MB written", "us", "TB/s"]
-    show_table(screen, [*titles, "copy\nTB/s", "of copy"], lines, left=3)
-
-
-def _overhead_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
-    from .console import show_table
-
-    lines = [
-        [
-            row["call"],
-            row["backend"],
-            row["dtype"],
-            f"{row['median_us']:.1f}",
-            f"{row['minimum_us']:.1f}",
-        ]
-        for row in rows
-    ]
-    show_table(screen, ["call", "by", "dtype", "median us", "minimum us"], lines, left=3)
-
-
-def _profiles(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
-    """Where the host's time goes, for every plan measured."""
-    from .console import printable, show_table, styled
-
-    for row in rows:
-        if not row.get("profile"):
-            continue
-        screen.print()
-        screen.print(styled(f"{row['backend']} {row['dtype']}, {row['call']}", "bold"))
-        lines = [
-            [
-                printable(entry["function"]),
-                f"{entry['calls']:.1f}",
-                f"{entry['own_us']:.2f}",
-                f"{entry['total_us']:.2f}",
-            ]
-            for entry in row["profile"]
-        ]
-        show_table(screen, ["function", "calls", "own us", "total us"], lines)
