@@ -157,7 +157,7 @@ def test_the_device_and_its_kernels_are_opened_exempt(
 
     def look(index: int) -> dict[str, Any]:
         seen.append(mode.now)
-        return {**properties, "totalGlobalMem": 1}
+        return {**properties, "totalGlobalMem": 1, "l2CacheSize": 1}
 
     def stream(**options: bool) -> Any:
         seen.append(mode.now)

@@ -210,6 +210,7 @@ def test_a_machine_with_everything():
     assert all(row.ok for row in diagnosis.verdicts)
     assert {row.dtype for row in diagnosis.verdicts} == {row.name for row in OPERANDS}
     assert {(row.backend, row.device) for row in diagnosis.verdicts} == {
+        ("hopper", "cuda:0"),
         ("cusparselt", "cuda:0"),
         ("dense", "cuda:0"),
         ("reference", "cpu"),
@@ -298,8 +299,9 @@ def test_a_backend_refuses():
     )
     assert verdicts(diagnosis, "dense")["int8"] == (False, "dense needs tea\nand more")
     text = shown(diagnosis)
-    assert "(1) cusparselt needs tea" in text
-    assert "(2) dense needs tea" in text
+    assert "(1) hopper needs tea" in text
+    assert "(2) cusparselt needs tea" in text
+    assert "(3) dense needs tea" in text
     assert "and more" not in text
 
 

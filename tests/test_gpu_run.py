@@ -15,7 +15,7 @@ import slidesparse_rt as ss
 from slidesparse_rt import device_arrays, gpu_run
 from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Problem, gpu_gemm
-from slidesparse_rt.backends.workspace import Workspace
+from slidesparse_rt.backends.workspace import COUNTER_BYTES, Workspace
 from slidesparse_rt.device_arrays import refuse_per_thread_stream, stream_pointer
 from slidesparse_rt.dtypes import array_type, operand
 
@@ -203,25 +203,33 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __init__(self, nbytes: int) -> None:
             Block.made += 1
-            self.nbytes, self.pointer, self.open = nbytes, Block.made << 12, True
+            self.nbytes, self.pointer, self.open = nbytes, Block.made << 20, True
 
         def close(self) -> None:
             self.open = False
 
-    device: Any = SimpleNamespace(allocate=Block)
+    cleared: list[tuple[int, int, int]] = []
+    device: Any = SimpleNamespace(allocate=Block, clear=lambda *call: cleared.append(call))
     held = Workspace(device)
     first = held.address(100, 5, 1)
+    # Counters lie before it, inside the block, and are zero once: launches leave them so.
+    assert first == (1 << 20) + COUNTER_BYTES
+    assert first % 256 == 0
     assert held.address(50, 5, 1) == first
+    assert cleared == [(1 << 20, COUNTER_BYTES, 5)]
     assert held.address(50, 6, 1) != first
     assert held.address(200, 5, 2) != first
-    assert held.nbytes == 250
+    assert held.nbytes == 250 + 2 * COUNTER_BYTES
+    assert cleared[1:] == [(2 << 20, COUNTER_BYTES, 6), (3 << 20, COUNTER_BYTES, 5)]
     capturing.add(5)
     captured = held.address(200, 5, 2)
     with pytest.raises(ss.CaptureError, match=r"prepare\(tokens=\[9\]"):
         held.address(300, 5, 9)
     capturing.clear()
     assert held.address(300, 5, 9) != captured
-    assert held.nbytes == 200 + 300 + 50  # the graph's block is still there
+    # The graph's block is still there, counters and all.
+    assert held.nbytes == 200 + 300 + 50 + 3 * COUNTER_BYTES
+    assert len(cleared) == 4
     held.close()
     held.close()
     assert held.nbytes == 0
