@@ -25,6 +25,7 @@ from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Problem, choose
 from slidesparse_rt.bench.record import command_line, environment, write_json
 from slidesparse_rt.bench.shapes import model
+from slidesparse_rt.bench.timing import Gpu
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.packing import quantize, quantize_tokens
 from slidesparse_rt.pattern import Pattern
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--commit", help="the commit that runs, for a copy without git's record")
     options = parser.parse_args()
-    properties = torch.cuda.get_device_properties(0)
+    facts = Gpu(0).facts()
     errors, packed = [], []
     for backend, dtype in able(
         ("hopper", "int8"),
@@ -124,8 +125,7 @@ def main() -> None:
     ):
         packed.append(packing(backend, dtype))
         print(packed[-1], flush=True)
-    gpu = {"name": properties.name, "memory_bytes": properties.total_memory}
-    document = environment(gpu, commit=options.commit) | {
+    document = environment(facts, commit=options.commit) | {
         "what": "gpu-checks",
         "command": command_line(sys.argv),
         "sum_errors": errors,
