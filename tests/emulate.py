@@ -21,6 +21,7 @@ from kernel_checks import POISON
 
 from slidesparse_rt.kernels.catalog import KernelSpec
 from slidesparse_rt.kernels.compiler import Resources, read_source
+from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS
 from slidesparse_rt.kernels.launch import (
     DEQUANTIZE_ARGUMENTS,
     QUANTIZE_ARGUMENTS,
@@ -117,6 +118,7 @@ class EmulatedCuda:
             "quantize_lift": QUANTIZE_ARGUMENTS,
             "dequantize": DEQUANTIZE_ARGUMENTS,
             **WEIGHT_ARGUMENTS,
+            "hopper_pack": HOPPER_PACK_ARGUMENTS,
         }[spec.entry]
         values = [
             struct.unpack(code, ctypes.string_at(address, struct.calcsize(code)))[0]

@@ -63,23 +63,30 @@ def keep_compiled(spec: KernelSpec) -> str:
     return ""
 
 
-def sparse_bits(rng: np.random.Generator, rows: int, columns: int, dtype: str) -> np.ndarray:
-    """A 2:4 matrix of any bit patterns but NaN, some windows with fewer than two nonzeros.
+def sparse_bits(
+    rng: np.random.Generator, rows: int, columns: int, dtype: str, *, filled: float = 0.8
+) -> np.ndarray:
+    """A 2:4 matrix of any bit patterns, a part ``filled`` of its places nonzero.
 
     Some zeros are negative where the format has them.
     """
     kind = operand(dtype).dtype
     size = kind.itemsize
-    sign = np.array(0x80 if size == 1 else 0x8000, f"u{size}")
     values = rng.integers(0, 1 << (8 * size), (rows, columns), dtype=f"u{size}")
-    if dtype != "int8":
-        magnitude = values & ~sign
-        infinity = {"fp8_e4m3": 0x7F, "bf16": 0x7F80, "fp16": 0x7C00}[dtype]
-        values = np.where(magnitude >= infinity, values & sign | 1, values)
     kept = np.argsort(rng.random((rows, columns // 4, 4)), axis=2)[:, :, :2]
     mask = np.zeros((rows, columns // 4, 4), bool)
-    np.put_along_axis(mask, kept, rng.random(kept.shape) < 0.8, axis=2)
+    np.put_along_axis(mask, kept, rng.random(kept.shape) < filled, axis=2)
     zeros = np.zeros_like(values)
     if dtype != "int8":
-        zeros = np.where(rng.random(values.shape) < 0.1, sign, zeros)
-    return np.where(mask.reshape(rows, columns), values, zeros).astype(f"u{size}").view(kind)
+        zeros[rng.random(values.shape) < 0.1] = 1 << (8 * size - 1)
+    found: np.ndarray = np.where(mask.reshape(rows, columns), values, zeros).view(kind)
+    return found
+
+
+def plain_bits(values: np.ndarray) -> np.ndarray:
+    """The bits of a matrix, those of -0 as those of 0."""
+    raw = values.view(f"u{values.itemsize}")
+    if values.dtype == np.int8:
+        return raw
+    found: np.ndarray = np.where(raw << 1 & (2 ** (8 * raw.itemsize) - 1) == 0, 0, raw)
+    return found

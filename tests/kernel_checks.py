@@ -11,9 +11,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from hopper_cases import plain_bits, sparse_bits
 
 from slidesparse_rt.dtypes import SCALE_FLOOR, array_type, operand
 from slidesparse_rt.kernels.geometry import quantize_config
+from slidesparse_rt.kernels.hopper import pack_weights
+from slidesparse_rt.kernels.hopper_layout import pack, unpack
 from slidesparse_rt.kernels.launch import Dequantizer, Findings, Quantizer, WeightKernels
 from slidesparse_rt.packing.prune import prune
 from slidesparse_rt.packing.quantize import quantize, quantize_tokens
@@ -423,3 +426,20 @@ def check_check(machine: Any, values: np.ndarray, pattern: Pattern) -> None:
     first = None if not len(misfits) else (*misfits[0].tolist(), counts[tuple(misfits[0])])
     assert got.first == first
     assert got.first_nonfinite == (tuple(strange[0].tolist()) if len(strange) else None)
+
+
+def check_hopper_pack(
+    machine: Any, rng: np.random.Generator, rows: int, row_bytes: int, dtype: str
+) -> None:
+    """hopper_pack.cu against hopper_layout.py, and back."""
+    slid = sparse_bits(rng, rows, row_bytes // operand(dtype).dtype.itemsize, dtype)
+    wanted = pack(slid)
+    source, target = machine.memory(slid.nbytes), machine.memory(wanted.nbytes)
+    source.write(slid)
+    pack_weights(
+        machine.kernels, dtype, source.address, rows, row_bytes, target.address, machine.stream
+    )
+    found = target.read().reshape(wanted.shape)
+    np.testing.assert_array_equal(found, wanted)
+    target.check()
+    np.testing.assert_array_equal(plain_bits(unpack(found, slid.dtype)), plain_bits(slid))

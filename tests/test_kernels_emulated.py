@@ -14,6 +14,7 @@ from kernel_checks import (
     accumulators,
     check_check,
     check_dequantize,
+    check_hopper_pack,
     check_prune,
     check_quantize,
     check_slide,
@@ -350,3 +351,11 @@ def test_a_refused_launch_is_an_error(monkeypatch):
     with pytest.raises(RuntimeError, match="cuLaunchKernel 700"):
         launcher(0, 64, 0, 0, 1, 1, 0)
     assert ctypes.sizeof(ctypes.c_void_p) == 8
+
+
+@pytest.mark.parametrize("dtype", OPERAND_NAMES)
+def test_weights_are_packed_for_hopper(machine, rng, dtype):
+    """One unit after the other and, with more units than blocks, several a block."""
+    for rows, row_bytes in ((128, 256), (384, 768), (256, 8704)):
+        check_hopper_pack(machine, rng, rows, row_bytes, dtype)
+    assert [blocks for _, blocks, *_ in machine.launches] == [4, 36, 128]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ..dtypes import ARRAY_TYPES, OPERANDS, array_type, operand
 from ..errors import DTypeError, OptionError
@@ -348,7 +349,8 @@ def hopper_pack(dtype: str) -> KernelSpec:
 def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
     """Yield every kernel once for pattern 6:8, or (``all_patterns``) the lifting ones for each.
 
-    Without ``all_patterns``: each entry point with each type, and each variant of the hot ones.
+    Without ``all_patterns``: each entry point with each type, and each variant of the hot ones; of
+    hopper_gemm every kernel that a plan can ask for.
     """
     if all_patterns:
         for pattern in PATTERNS:
@@ -385,6 +387,32 @@ def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
             ("float32", "bfloat16") if "a" in kinds else ("int8", "float8_e4m3fn", "float16")
         ):
             yield weights(entry, kind, pattern)
+    for target in OPERANDS:
+        yield hopper_pack(target.name)
+        for source in ARRAY_TYPES:
+            for settings in _hopper_settings():
+                yield hopper_gemm(target.name, source.name, **settings)
+
+
+def _hopper_settings() -> list[dict[str, Any]]:
+    """How hopper_gemm is compiled for each configuration that is timed for some product."""
+    from .hopper import configurations  # that module asks this one
+
+    found: dict[tuple[object, ...], dict[str, Any]] = {}
+    # Token buckets, from the fewest to those of prefills; few channels and a long K', so that
+    # nothing is ruled out and K' is worth sharing.
+    for tokens in (1 << power for power in range(4, 15)):
+        for config in configurations(128, 1 << 16, tokens, 132):
+            settings = {
+                "tokens": config.tokens,
+                "blocks": config.blocks,
+                "groups": config.groups,
+                "k_groups": config.k_groups,
+                "stages": config.stages,
+                "splits": config.splits > 1,
+            }
+            found[tuple(settings.values())] = settings
+    return list(found.values())
 
 
 def _format(name: str) -> tuple[int, int]:

@@ -9,15 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hopper_cases import DTYPES, OUT_TYPES, keep_compiled, pairs, shipped, sparse_bits, spec_of
+from hopper_cases import DTYPES, OUT_TYPES, keep_compiled, pairs, shipped, spec_of
+from kernel_checks import check_hopper_pack
 
 import slidesparse_rt as ss
 from slidesparse_rt.backends import hopper
 from slidesparse_rt.backends.workspace import COUNTER_BYTES
-from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels.catalog import HOPPER_COUNTERS, hopper_pack
 from slidesparse_rt.kernels.hopper import HopperConfig, configurations, pack_weights, tiling
-from slidesparse_rt.kernels.hopper_layout import pack, unpack
 from slidesparse_rt.kernels.loader import kernels_of
 
 from .common import ON_HOPPER, assert_near, assert_same, data, reference, to_host, to_torch, weight
@@ -188,26 +187,9 @@ def test_a_graph_repeats_the_launch_with_the_data_of_then(draw, config):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packing_is_the_definition_to_the_bit(dtype):
-    import torch
-
-    machine = GpuMachine()
     rng = np.random.default_rng(3)
-    size = operand(dtype).bits // 8
     for rows, row_bytes in ((128, 256), (384, 2304), (256, 98_304), (8192, 1024)):
-        slid = sparse_bits(rng, rows, row_bytes // size, dtype)
-        wanted = pack(slid)
-        source, target = machine.memory(slid.nbytes), machine.memory(wanted.nbytes)
-        source.write(slid)
-        pack_weights(
-            machine.kernels, dtype, source.address, rows, row_bytes, target.address, machine.stream
-        )
-        found = target.read().reshape(wanted.shape)
-        np.testing.assert_array_equal(found, wanted)
-        target.check()
-        back = unpack(found, slid.dtype)
-        # The sign of a zero that is not kept is lost; they count as zeros.
-        np.testing.assert_array_equal(back.astype(np.float32), slid.astype(np.float32))
-    torch.cuda.synchronize()
+        check_hopper_pack(GpuMachine(), rng, rows, row_bytes, dtype)
 
 
 # --- everything at once ---------------------------------------------------------------------------

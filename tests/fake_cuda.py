@@ -1,0 +1,101 @@
+"""A CUDA driver that only remembers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from slidesparse_rt.kernels.loader import Cuda
+
+
+class FakeCuda(Cuda):
+    """A driver without a GPU: counts what is loaded and which context is current."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            SimpleNamespace(
+                library=SimpleNamespace(title="a driver"), path="", version=(13, 0), handle=None
+            )
+        )
+        self.pushed: list[int] = []
+        self.modules: dict[int, bytes] = {}
+        self.retained = 0
+        self.shared: dict[int, int] = {}
+        self.refuse: dict[str, int] = {}
+        self.mode = 0  # CU_STREAM_CAPTURE_MODE_GLOBAL
+        self.streams: dict[int, int] = {}
+
+    def __getattr__(self, name):
+        action = getattr(type(self), f"_{name.lower()}", None)
+        if action is None:
+            raise AttributeError(name)
+
+        def call(*arguments):
+            if name in self.refuse:
+                raise self.error(name, self.refuse[name], arguments)
+            action(self, *arguments)
+
+        return call
+
+    def raw(self, name):
+        if name == "cuGetErrorName":
+
+            def named(status, text):
+                text._obj.value = b"CUDA_ERROR_OUT_OF_MEMORY" if status == 2 else None
+                return 0 if status == 2 else 1
+
+            return named
+        return lambda *arguments: 0
+
+    def _cuinit(self, flags):
+        pass
+
+    def _cudeviceget(self, device, ordinal):
+        device._obj.value = ordinal
+
+    def _cudevicegetattribute(self, value, attribute, device):
+        value._obj.value = {16: 132, 75: 9, 76: 0, 97: 232448}[attribute]
+
+    def _cudeviceprimaryctxretain(self, context, device):
+        assert self.mode == 2
+        self.retained += 1
+        context._obj.value = 1000 + device
+
+    def _cudeviceprimaryctxrelease_v2(self, device):
+        self.retained -= 1
+
+    def _cuctxpushcurrent_v2(self, context):
+        self.pushed.append(context)
+
+    def _cuctxpopcurrent_v2(self, context):
+        self.pushed.pop()
+
+    def _cuthreadexchangestreamcapturemode(self, mode):
+        self.mode, mode._obj.value = mode._obj.value, self.mode
+
+    def _custreamgetctx(self, stream, context):
+        context._obj.value = self.streams[stream]
+
+    def _cuctxgetdevice(self, device):
+        device._obj.value = self.pushed[-1] % 1000
+
+    def _cumoduleloaddata(self, module, image):
+        assert self.pushed == [1003]
+        assert self.mode == 2
+        module._obj.value = 7000 + len(self.modules)
+        self.modules[module._obj.value] = image
+
+    def _cumoduleunload(self, module):
+        assert self.pushed == [1003]
+        assert self.mode == 2
+        del self.modules[module]
+
+    def _cumodulegetfunction(self, function, module, name):
+        function._obj.value = module * 10
+
+    def _cufuncsetattribute(self, function, attribute, value):
+        assert attribute == 8
+        self.shared[function] = value
+
+    def _cuoccupancymaxactiveblockspermultiprocessor(self, blocks, function, threads, shared):
+        assert self.pushed == [1003]
+        blocks._obj.value = 5
