@@ -16,7 +16,7 @@ from bench_fakes import BF16, new_record
 from cli_helpers import in_process, leftovers
 from rich.console import Console
 
-from slidesparse_rt.bench import checks, clocks, gemm_settings, record, timing
+from slidesparse_rt.bench import checks, clocks, gemm_settings, overhead, record, timing
 from slidesparse_rt.bench.record import WrongOutput
 from slidesparse_rt.cli.bench_tables import render
 from slidesparse_rt.dtypes import operand
@@ -409,6 +409,31 @@ def test_commands_from_end_to_end(run, gpu, plans, kernels, tmp_path, monkeypatc
     assert code == 0, err
     assert "of copy" in out
     assert json.loads(path.read_text())["complete"]
+
+
+def test_overhead_from_end_to_end(run, gpu, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "require_gpu", lambda libraries, index: seen.append(libraries))
+    monkeypatch.setattr(timing, "Gpu", lambda index: gpu)
+
+    def run_overhead(gpu, settings, record, *, budget, say, done):
+        assert settings.backends == ("hopper", "cusparselt", "dense")
+        assert settings.batches == 10
+        for backend in settings.backends:
+            for dtype in settings.dtypes:
+                row = {"call": "SparseGemmPlan.run out=y", "backend": backend, "dtype": dtype}
+                record.add(row | {"median_us": 14.26, "minimum_us": 13.0})
+                done()
+        record.finish()
+
+    monkeypatch.setattr(overhead, "run_overhead", run_overhead)
+    path = tmp_path / "overhead.json"
+    code, out, err = run("bench", "overhead", "--quick", "--output", path)
+    assert code == 0, err
+    # A backend whose library is missing is left out, and stops no other.
+    assert seen == [("nvrtc",)]
+    assert out.count("hopper") == 3
+    assert len(json.loads(path.read_text())["rows"]) == 9
 
 
 def synthetic(what):

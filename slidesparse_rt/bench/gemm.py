@@ -24,6 +24,7 @@ Outputs of the very graphs that are timed are compared with exact arithmetic fir
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -134,10 +135,12 @@ class _Run:
 
         What fails here fails again, and is reported, where it is to be measured.
         """
-        self._say(f"{pattern.name}: compiling kernels, searching algorithms")
+        self._say("compiling kernels and searching algorithms, ahead of the time budget")
+        begun = time.monotonic()
         for dtype in self._settings.dtypes:
             with ExitStack() as held:
                 self._sides(held, layers, weights, pattern, operand(dtype))
+        self._say(f"compiled and searched: {time.monotonic() - begun:.1f} s")
 
     def group(
         self,
