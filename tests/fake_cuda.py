@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from types import SimpleNamespace
+from typing import Any
 
-from slidesparse_rt.kernels.loader import Cuda
+from slidesparse_rt.kernels.catalog import HOPPER_SHARED_BYTES, KernelSpec
+from slidesparse_rt.kernels.compiler import Resources
+from slidesparse_rt.kernels.hopper import _GEMM_ARGUMENTS
+from slidesparse_rt.kernels.loader import Cuda, DeviceLimits, Kernel
 
 
 class FakeCuda(Cuda):
@@ -99,3 +105,73 @@ class FakeCuda(Cuda):
     def _cuoccupancymaxactiveblockspermultiprocessor(self, blocks, function, threads, shared):
         assert self.pushed == [1003]
         blocks._obj.value = 5
+
+
+class LaunchingCuda(FakeCuda):
+    """Remembers tensor maps and launches, with the values that their pointers lead to.
+
+    ``layout`` are the arguments behind the maps as codes of struct, ``status`` is what a launch
+    returns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[dict[str, Any]] = []
+        self.launches: list[dict[str, Any]] = []
+        self.layout = _GEMM_ARGUMENTS
+        self.status = 0
+
+    def _cutensormapencodetiled(self, location: int, *rest: Any) -> None:
+        kind, rank, address, extents, strides, box, steps, *modes = rest
+        assert location % 64 == 0
+        self.maps.append(
+            {
+                "kind": kind,
+                "address": address,
+                "extents": tuple(extents),
+                "stride": tuple(strides),
+                "box": tuple(box),
+            }
+        )
+        # Two dimensions, elements side by side; not interleaved, swizzled over 128 bytes, promoted
+        # to 256 in L2, zeros outside.
+        assert (rank, tuple(steps), modes) == (2, (1, 1), [0, 3, 3, 0])
+        ctypes.memmove(location, struct.pack("<16q", len(self.maps), *[-1] * 15), 128)
+
+    def raw(self, name: str) -> Any:
+        return self._launch if name == "cuLaunchKernel" else super().raw(name)
+
+    def _launch(self, function: int, *rest: Any) -> int:
+        gx, gy, gz, bx, by, bz, shared, stream, pointers, extra = rest
+        assert (gy, gz, by, bz, extra) == (1, 1, 1, 1, None)
+        addresses = list(pointers)
+        maps = addresses[: len(addresses) - len(self.layout)]
+        values = [
+            struct.unpack(code, ctypes.string_at(address, struct.calcsize(code)))[0]
+            for code, address in zip(self.layout, addresses[len(maps) :], strict=True)
+        ]
+        self.launches.append(
+            {
+                "function": function,
+                "blocks": gx,
+                "threads": bx,
+                "shared": shared,
+                "stream": stream,
+                "maps": [ctypes.c_int64.from_address(address).value for address in maps],
+                "values": values,
+            }
+        )
+        return self.status
+
+
+class FakeKernels:
+    """Stands for a device's KernelCache."""
+
+    def __init__(self, sm_count: int = 132) -> None:
+        self.cuda = LaunchingCuda()
+        self.limits = DeviceLimits((9, 0), sm_count, HOPPER_SHARED_BYTES)
+        self.loaded: list[tuple[KernelSpec, int]] = []
+
+    def load(self, spec: KernelSpec, *, shared_bytes: int = 0) -> Kernel:
+        self.loaded.append((spec, shared_bytes))
+        return Kernel(spec, 700 + len(self.loaded), Resources(168, 0, 0, 0))

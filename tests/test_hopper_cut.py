@@ -1,0 +1,233 @@
+"""How products are cut for the Hopper GEMM: the kernel's own arithmetic, and what is timed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulate import COMPILER
+from fake_cuda import FakeKernels
+from hopper_cases import DTYPES, OUT_TYPES, SM_COUNTS, shipped, spec_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidesparse_rt.dtypes import operand
+from slidesparse_rt.kernels import catalog
+from slidesparse_rt.kernels.compiler import read_source
+from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, configurations, tiling
+
+CONFIGS = shipped()
+SOURCE = read_source("hopper_gemm.cu")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+# --- the kernel's own arithmetic ------------------------------------------------------------------
+
+
+def between(first: str, last: str, text: str = SOURCE.text) -> str:
+    start = text.index(first)
+    return text[start : text.index(last, start)]
+
+
+def built(folder: Path, program: str) -> str:
+    """What a C++ program prints."""
+    source, target = folder / "program.cc", folder / "program"
+    source.write_text(program)
+    command = [COMPILER or "c++", "-std=c++17", "-w", str(source), "-o", str(target)]
+    subprocess.run(command, check=True)
+    return subprocess.run([target], check=True, capture_output=True, text=True).stdout
+
+
+PRINTED = (
+    *("STAGE_BYTES", "UNITS", "UNIT", "TOKEN_BYTES", "CHUNK", "BOX_CHANNELS", "BOX_BYTES"),
+    *("BUFFER_BYTES", "RESULTS", "SCALES", "GATHER", "BARRIERS"),
+)
+
+
+@pytest.fixture(scope="module")
+def constants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], Any]:
+    """The constants of hopper_gemm.cu, from its text, by (configuration, operand, result)."""
+    numbers = SOURCE.headers["numbers.cuh"]
+    formats = "\n".join(re.findall(r"#define SS_\w+ \d+", numbers))
+    bytes_of = re.search(r"constexpr int bytes_of\(int type\) \{.*?\n\}", numbers, re.DOTALL)
+    assert bytes_of is not None
+    body = between("constexpr int TOKENS", "// Names of barriers")
+    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "SPLITS", "STAGES")
+    parameters = ", ".join(f"int SS_{name}" for name in names)
+    shown = ", ".join(f'\\"{name}\\": %d' for name in PRINTED)
+    given_ = ", ".join(f"(int)Kernel::{name}" for name in PRINTED)
+    cases = {}
+    for config in CONFIGS:
+        for dtype in DTYPES:
+            for out_type in OUT_TYPES:
+                spec = dict(spec_of(config, dtype, out_type).defines)
+                values = ", ".join(str(spec[name]) for name in names)
+                cases[config.name, dtype, out_type] = f"show<Shown<{values}>>();"
+    calls = "\n".join(cases.values())
+    said = built(
+        tmp_path_factory.mktemp("constants"),
+        f"""
+        #include <cstdio>
+        {formats}
+        {bytes_of[0]}
+        template <{parameters}> struct Shown {{
+        {re.sub("^constexpr", "static constexpr", body, flags=re.MULTILINE)}
+        }};
+        template <typename Kernel> void show() {{ std::printf("{{{shown}}}\\n", {given_}); }}
+        int main() {{ {calls} }}
+        """,
+    )
+    return dict(zip(cases, map(json.loads, said.splitlines()), strict=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_shared_memory_is_what_the_kernel_adds_up(config, constants):
+    for dtype in DTYPES:
+        for out_type in OUT_TYPES:
+            of = constants[config.name, dtype, out_type]
+            # Two barriers of 8 bytes a stage, and the word that tells the last block of a tile.
+            used = of["BARRIERS"] + 16 * config.stages + 4
+            assert used <= config.shared_bytes <= catalog.HOPPER_SHARED_BYTES
+            assert of["STAGE_BYTES"] <= config.stage_bytes
+            if operand(dtype).bits == 8:
+                assert of["STAGE_BYTES"] == config.stage_bytes
+                if of["CHUNK"] * catalog.format_bytes(out_type) == 64:
+                    # Nothing is spare but barriers of stages that there are not.
+                    assert used + 16 * (16 - config.stages) + 12 == config.shared_bytes
+            assert of["CHUNK"] == config.chunk(catalog.format_bytes(out_type))
+            assert of["BOX_CHANNELS"] * catalog.format_bytes(out_type) == 128
+            assert config.tokens % of["CHUNK"] == 0
+            # Swizzles count from multiples of 1024 bytes; barriers are 8 bytes.
+            for name in ("STAGE_BYTES", "TOKEN_BYTES", "UNIT", "RESULTS", "BOX_BYTES"):
+                assert of[name] % (512 if name == "UNIT" else 1024) == 0, name
+            assert of["SCALES"] % 16 == of["GATHER"] % 16 == of["BARRIERS"] % 8 == 0
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_there_are_enough_stages(config):
+    """A barrier tells a round from the one before and after it, not from others.
+
+    A warpgroup that takes turns waits for a stage when it knows that the stage 2 * groups - 1
+    before it was loaded: its own last one, or, at the start of a tile, the last of the former.
+    The round before must be among those.
+    """
+    assert 4 <= config.stages <= 16
+    if config.k_groups:
+        assert config.stages >= 2 * config.groups - 1
+
+
+@needs_compiler
+def test_every_part_of_a_product_is_worked_on_once(tmp_path):
+    """item_of(), from the kernel's text, over whole grids of tiles."""
+    shape = between("struct Shape {", "SS_DEVICE int items_of")
+    program = f"""
+    #include <cstdio>
+    #include <initializer_list>
+    using i64 = long long;
+    #define SS_DEVICE static
+    {between("struct Shape {", "// Items in the order", shape)}
+    template <bool SPLITS> struct Order {{
+    {shape[shape.index("SS_DEVICE Item item_of") :]}
+    }};
+    template <bool SPLITS> void show(Shape shape) {{
+      const int items = shape.weight_tiles * shape.token_tiles * shape.splits;
+      for (int i = 0; i < items; ++i) {{
+        const Item item = Order<SPLITS>::item_of(i, shape);
+        std::printf("%d %d %d %d %d\\n", item.weight_tile, item.token_tile, item.split, item.first,
+                    item.count);
+      }}
+      std::printf("end\\n");
+    }}
+    int main() {{
+      for (int weight_tiles : {{1, 2, 7, 8, 9, 17}})
+        for (int token_tiles : {{1, 2, 5}})
+          for (int group : {{1, 8, 16}})
+            for (int splits : {{1, 2, 3, 8}}) {{
+              std::printf("%d %d %d\\n", weight_tiles, token_tiles, splits);
+              const Shape shape{{0, 0, 11, 0, weight_tiles, token_tiles, group, splits}};
+              splits == 1 ? show<false>(shape) : show<true>(shape);
+            }}
+    }}
+    """
+    runs = built(tmp_path, program).split("end\n")[:-1]
+    assert len(runs) == 6 * 3 * 3 * 4
+    for run in runs:
+        head, *lines = run.splitlines()
+        weight_tiles, token_tiles, splits = map(int, head.split())
+        steps: Counter[tuple[int, int, int]] = Counter()
+        for line in lines:
+            weight, token, _, first, count = map(int, line.split())
+            assert count >= 11 // splits
+            steps.update((weight, token, step) for step in range(first, first + count))
+        assert set(steps.values()) == {1}
+        assert len(steps) == weight_tiles * token_tiles * 11
+
+
+# --- which configurations there are ---------------------------------------------------------------
+
+
+@given(
+    st.one_of(st.integers(1, 600), st.integers(1, 1 << 18)),
+    st.one_of(st.integers(1, 20), st.integers(1, 2000)),
+    st.integers(4, 14),
+    st.sampled_from([1, 7, *SM_COUNTS]),
+)
+def test_every_configuration_fits_its_product(n, steps, power, sm_count):
+    bucket, slid_bytes = 1 << power, 256 * steps
+    found = configurations(n, slid_bytes, bucket, sm_count)
+    assert len(found) >= 1
+    assert len(found) == len(set(found))
+    kernels = FakeKernels(sm_count)
+    for config in found:
+        turns = config.groups if config.k_groups else 1
+        assert steps // config.splits >= turns
+        cut = tiling(config, n, bucket)
+        assert (cut.weight_tiles - 1) * config.rows < n <= cut.weight_tiles * config.rows
+        assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
+        assert cut.tiles == cut.weight_tiles * cut.token_tiles
+        if config.splits == 1:
+            assert (cut.partial_bytes, cut.counters) == (0, 0)
+        else:
+            assert cut.counters == cut.tiles <= catalog.HOPPER_COUNTERS
+            assert cut.partial_bytes == (
+                cut.tiles * config.splits * 4 * config.rows * config.tokens
+            )
+        # What was timed for a bucket also runs fewer tokens.
+        for tokens in (bucket // 2 + 1, bucket):
+            HopperGemm(kernels, "int8", "float32", n, slid_bytes, slid_bytes, tokens, config)
+            fewer = tiling(config, n, tokens)
+            assert fewer.counters <= cut.counters
+            assert fewer.partial_bytes <= cut.partial_bytes
+
+
+def test_few_tokens_share_k_and_many_do_not():
+    few, many = configurations(4096, 8192, 16, 132), configurations(4096, 8192, 4096, 132)
+    assert all(config.k_groups for config in few)
+    assert {config.splits for config in few} == {1, 2}
+    assert not any(config.k_groups or config.splits > 1 for config in many)
+    # A layer with few tiles fills the multiprocessors by sharing K'.
+    between_ = configurations(1024, 8192, 256, 132)
+    assert max(config.splits for config in between_) == 8
+    assert configurations(64, 256, 16, 132) == [HopperConfig(128, 2)]
+
+
+def test_names_tell_configurations_apart():
+    assert HopperConfig(208, 2).name == "256x208"
+    assert HopperConfig(16, 1, 4, True, 2).name == (
+        "64x16, 4 warpgroups share K', 2 blocks share K'"
+    )
+    assert len({config.name for config in CONFIGS}) == len(CONFIGS)
+
+
+def test_a_configuration_is_kept_as_it_was_made():
+    config = HopperConfig(64, 1, 4, True)
+    assert (config.rows, config.threads, config.gather_bytes) == (64, 640, 3 * 32 * 128 * 4)
+    assert HopperConfig(64, 2).rows == 256
+    assert HopperConfig(64, 2).gather_bytes == 0
+    assert replace(config, splits=2).shared_bytes == config.shared_bytes

@@ -1,0 +1,226 @@
+"""Launching the Hopper GEMM and its packing, with a driver that only remembers."""
+
+from __future__ import annotations
+
+import pytest
+from fake_cuda import FakeKernels
+from hopper_cases import DTYPES, OUT_TYPES, spec_of
+
+from slidesparse_rt.errors import LibraryError, OptionError, ShapeError
+from slidesparse_rt.kernels import catalog, hopper
+from slidesparse_rt.kernels.compiler import read_source
+from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, pack_weights, tiling
+
+
+@pytest.fixture
+def kernels():
+    return FakeKernels()
+
+
+#: Arguments of a call: packed, tokens, their scales, channel scales, bias.
+OPERANDS = (0x1000, 0x2000, 0x3000, 0x4000, 0x5000)
+#: Partial sums, counters, stream.
+REST = (0x70000, 0x80000, 99)
+
+
+def test_the_layout_of_arguments_is_the_kernel_s():
+    source = read_source("hopper_gemm.cu")
+    start = source.text.index("hopper_gemm(const")
+    whole = source.text[start : source.text.index(") {", start)]
+    parameters = whole.partition("(")[2].split(",")
+    assert [parameter.split()[-2] for parameter in parameters[:2]] == ["TensorMap", "TensorMap"]
+    kinds = "".join(
+        "Q" if "*" in parameter else "q" if "i64" in parameter else "i"
+        for parameter in parameters[2:]
+    )
+    assert kinds == hopper._GEMM_ARGUMENTS
+    assert "struct alignas(64) TensorMap {\n  u64 words[16];" in source.headers["hopper.cuh"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_type", OUT_TYPES)
+def test_a_launch_says_everything(kernels, dtype, out_type):
+    config = HopperConfig(64, 2, splits=3, tile_group=5)
+    gemm = HopperGemm(kernels, dtype, out_type, 1000, 4096, 4000, 130, config)
+    assert kernels.loaded == [(spec_of(config, dtype, out_type), config.shared_bytes)]
+    assert gemm.tiling == tiling(config, 1000, 130)
+    size = catalog.format_bytes(out_type)
+    gemm(*OPERANDS, 0x6000, 1024, *REST)
+    launch = kernels.cuda.launches[0]
+    assert launch == {
+        "function": 701,
+        "blocks": 4 * 3 * 3,
+        "threads": 3 * 128,
+        "shared": config.shared_bytes,
+        "stream": 99,
+        "maps": [1, 2],
+        "values": [
+            *(0x1000, 0x3000, 0x4000, 0x5000, 0x6000, 1024, 0x70000, 0x80000),
+            *(130, 1000, 16, 8),  # tokens, channels, steps, panels
+            *(4, 3, 5, 3),  # tiles of channels and of tokens, group, splits
+            2,  # in boxes
+        ],
+    }
+    kind = {"float16": 6, "float32": 7, "bfloat16": 9}[out_type]
+    assert kernels.cuda.maps == [
+        {
+            "kind": 0,
+            "address": 0x2000,
+            "extents": (4000, 130),
+            "stride": (4000,),
+            "box": (128, 64),
+        },
+        {
+            "kind": kind,
+            "address": 0x6000,
+            "extents": (1000, 130),
+            "stride": (1024 * size,),
+            "box": (128 // size, 16 if size == 4 else 32),
+        },
+    ]
+
+
+def test_no_more_blocks_than_multiprocessors(kernels):
+    config = HopperConfig(128, 2)
+    for tokens, blocks in ((1, 16), (1024, 128), (1025, 132), (70_000, 132)):
+        gemm = HopperGemm(kernels, "int8", "bfloat16", 4096, 4096, 4096, tokens, config)
+        gemm(*OPERANDS, 0x6000, 4096, *REST)
+        assert kernels.cuda.launches[-1]["blocks"] == blocks
+
+
+def test_maps_are_made_again_only_for_other_addresses(kernels):
+    gemm = HopperGemm(kernels, "int8", "bfloat16", 256, 512, 512, 40, HopperConfig(32, 2))
+    other_tokens = (*OPERANDS[:1], 0x2400, *OPERANDS[2:])
+    calls = [
+        (OPERANDS, 0x6000, 256),
+        (OPERANDS, 0x6000, 256),
+        (other_tokens, 0x6000, 256),
+        (other_tokens, 0x6100, 256),
+        (other_tokens, 0x6100, 264),
+        (other_tokens, 0x6102, 264),  # not in boxes: any map does, and none is made
+        (other_tokens, 0x6100, 264),
+        (OPERANDS, 0x6100, 264),
+    ]
+    for operands, out, stride in calls:
+        gemm(*operands, out, stride, *REST)
+    driver = kernels.cuda
+    assert [launch["maps"] for launch in driver.launches] == [
+        *([1, 2], [1, 2], [3, 2], [3, 4], [3, 5], [3, 3], [3, 5], [6, 5]),
+    ]
+    assert [driver.maps[i]["address"] for i in range(6)] == [
+        *(0x2000, 0x6000, 0x2400, 0x6100, 0x6100, 0x2000),
+    ]
+    assert [launch["values"][-1] for launch in driver.launches] == [2, 2, 2, 2, 2, 0, 2, 2]
+
+
+ONE_BY_ONE, SIDE_BY_SIDE, IN_BOXES = 0, 1, 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "out_type", "out", "stride", "storing"),
+    [
+        (2, "bfloat16", 0x6000, 256, IN_BOXES),
+        (2, "bfloat16", 0x6010, 264, IN_BOXES),
+        (2, "bfloat16", 0x6008, 256, SIDE_BY_SIDE),
+        (2, "bfloat16", 0x6000, 260, SIDE_BY_SIDE),
+        (2, "float16", 0x6000, 258, ONE_BY_ONE),
+        (2, "float16", 0x6004, 256, ONE_BY_ONE),
+        (2, "float16", 0x6000, 257, ONE_BY_ONE),
+        (2, "float32", 0x6000, 256, IN_BOXES),
+        (2, "float32", 0x6000, 260, IN_BOXES),
+        (2, "float32", 0x6008, 256, ONE_BY_ONE),
+        (2, "float32", 0x6000, 257, ONE_BY_ONE),
+        (1, "bfloat16", 0x6000, 256, SIDE_BY_SIDE),
+        (1, "bfloat16", 0x6008, 260, SIDE_BY_SIDE),
+        (1, "bfloat16", 0x6002, 256, ONE_BY_ONE),
+        (1, "float32", 0x6000, 256, SIDE_BY_SIDE),
+        (1, "float32", 0x6000, 255, ONE_BY_ONE),
+        # Rows that run backwards: the copy engine has no strides below zero.
+        (2, "bfloat16", 0x6000, -256, SIDE_BY_SIDE),
+        (2, "bfloat16", 0x6000, -260, SIDE_BY_SIDE),
+        (2, "float32", 0x6000, -256, SIDE_BY_SIDE),
+        (2, "float32", 0x6000, -257, ONE_BY_ONE),
+        (1, "bfloat16", 0x6000, -256, SIDE_BY_SIDE),
+    ],
+)
+def test_how_results_are_stored(kernels, blocks, out_type, out, stride, storing):
+    config = HopperConfig(32, blocks, 2, blocks == 1)
+    gemm = HopperGemm(kernels, "bf16", out_type, 250, 512, 512, 40, config)
+    gemm(*OPERANDS, out, stride, *REST)
+    launch = kernels.cuda.launches[0]
+    assert launch["values"][-1] == storing
+    assert launch["values"][4:6] == [out, stride]
+    assert len(kernels.cuda.maps) == (2 if storing == IN_BOXES else 1)
+    assert launch["maps"] == ([1, 2] if storing == IN_BOXES else [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("slid_bytes", "row_bytes"), [(500, 496), (512, 500), (512, 528), (512, 0), (512, -16)]
+)
+def test_rows_of_other_lengths_are_refused(kernels, slid_bytes, row_bytes):
+    with pytest.raises(ShapeError) as caught:
+        HopperGemm(kernels, "int8", "float32", 64, slid_bytes, row_bytes, 1, HopperConfig(128, 2))
+    assert str(caught.value) == (
+        f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of 256 and of 16, the "
+        f"second not larger than the first"
+    )
+    assert kernels.loaded == []
+
+
+@pytest.mark.parametrize(
+    ("config", "steps", "times"),
+    [
+        (HopperConfig(16, 1, 4, True), 3, 4),
+        (HopperConfig(16, 1, 4, True, 2), 7, 8),
+        (HopperConfig(16, 1, 2, True), 1, 2),
+        (HopperConfig(128, 2, splits=5), 4, 5),
+    ],
+)
+def test_k_is_not_shared_by_more_than_it_has_steps(kernels, config, steps, times):
+    sizes = (256 * steps, 256 * steps, 1)
+    with pytest.raises(OptionError) as caught:
+        HopperGemm(kernels, "int8", "float32", 64, *sizes, config)
+    assert str(caught.value) == (
+        f"{config.name} shares K' {times} times, but it has {steps} steps of 256 bytes; use a "
+        f"configuration that shares it less"
+    )
+    longer = (256 * times, 256 * times, 1)
+    HopperGemm(kernels, "int8", "float32", 64, *longer, config)
+
+
+def test_products_that_kernels_cannot_count_are_refused(kernels):
+    config = HopperConfig(128, 2)
+    for n, tokens in ((1 << 30, 1 << 30), (64, 2**31 - 100)):
+        with pytest.raises(ShapeError) as caught:
+            HopperGemm(kernels, "int8", "float32", n, 256, 256, tokens, config)
+        assert str(caught.value) == (f"{tokens} tokens by {n} channels are too many for one launch")
+
+
+def test_a_launch_that_fails_has_a_name(kernels):
+    gemm = HopperGemm(kernels, "int8", "float32", 64, 256, 256, 1, HopperConfig(128, 2))
+    kernels.cuda.status = 700
+    with pytest.raises(LibraryError, match=r"cuLaunchKernel returned 700 \(unknown status\)"):
+        gemm(*OPERANDS, 0x6000, 64, *REST)
+    kernels.cuda.status = 0
+    kernels.cuda.refuse["cuTensorMapEncodeTiled"] = 1
+    gemm(*OPERANDS, 0x6000, 64, *REST)  # its maps are there already
+    moved = (OPERANDS[0], 0x9000, *OPERANDS[2:])
+    with pytest.raises(LibraryError, match="cuTensorMapEncodeTiled returned 1"):
+        gemm(*moved, 0x6000, 64, *REST)
+    kernels.cuda.refuse.clear()
+    gemm(*moved, 0x6000, 64, *REST)
+    assert kernels.cuda.maps[kernels.cuda.launches[-1]["maps"][0] - 1]["address"] == 0x9000
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_is_launched_once_a_unit(kernels, dtype):
+    driver = kernels.cuda
+    driver.layout = hopper.HOPPER_PACK_ARGUMENTS
+    pack_weights(kernels, dtype, 0x1000, 384, 1024, 0x2000, 55)
+    pack_weights(kernels, dtype, 0x1000, 128 * 1000, 1024, 0x2000, 55)
+    assert [spec for spec, _ in kernels.loaded] == [catalog.hopper_pack(dtype)] * 2
+    small, large = driver.launches
+    assert (small["blocks"], small["threads"], small["shared"], small["stream"]) == (48, 128, 0, 55)
+    assert small["values"] == [0x1000, 1024, 0x2000, 48, 8]
+    assert large["blocks"] == 64 * 132
+    assert large["values"] == [0x1000, 1024, 0x2000, 16_000, 8]
