@@ -390,6 +390,7 @@ def test_commands_from_end_to_end(run, gpu, plans, kernels, tmp_path, monkeypatc
         {"case": "hopper", "reason": "unavailable", "why": "no hopper here"}
     ]
     assert {row["stage"] for row in document["rows"]} == {"op"}
+    assert not any("layer_us" in row for row in document["rows"])
     assert {row["mode"] for row in document["rows"]} == {"burst", "sustained"}
     code, out, err = run("bench", "gemm", "--quick", *options, "--backend", "hopper")
     assert (code, err) == (1, "error: no hopper here\n")
