@@ -34,6 +34,8 @@ HOPPER_PACK_ARGUMENTS = "QqQqi"
 _GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiii"
 _MAP_BYTES = 128
 _MAP_ALIGNMENT = 64
+#: Bytes that addresses, strides and row lengths of results stored in boxes are multiples of.
+_OUT_MULTIPLE = 16
 #: Shared memory that stages start at a multiple of.
 _STAGE_ALIGNMENT = 1024
 _GROUP_THREADS = 128
@@ -166,7 +168,9 @@ class Tiling:
 
 def tiling(config: HopperConfig, n: int, tokens: int) -> Tiling:
     """Cut a product of ``n`` channels and ``tokens`` tokens."""
-    weight_tiles, token_tiles = -(-n // config.rows), -(-tokens // config.tokens)
+    # Channels of a panel alternate between its two blocks of 64, so both are there even if few are.
+    rows = -(-n // PANEL_ROWS) * PANEL_ROWS
+    weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
     tiles = weight_tiles * token_tiles
     split = config.splits > 1
     partial = tiles * config.splits * config.rows * config.tokens * 4 if split else 0
@@ -301,7 +305,9 @@ class HopperGemm:
             config.splits,
         )
         self._cuda = kernels.cuda
-        self._boxes = config.blocks == 2
+        # The copy engine writes whole pieces of 16 bytes, also of the last channels of a row.
+        self._row_bytes_out = n * self._out_bytes
+        self._boxes = config.blocks == 2 and self._row_bytes_out % _OUT_MULTIPLE == 0
         self._out_box = (128 // self._out_bytes, config.chunk(self._out_bytes))
         self._out_kind = _MAP_TYPES[out_type]
         self._token_map: _TensorMap | None = None
@@ -350,9 +356,10 @@ class HopperGemm:
                 (STAGE_BYTES, self._box),
             )
         size = self._out_bytes
-        storing = _ONE_BY_ONE if (out | out_stride * size) % (4 * size) else _SIDE_BY_SIDE
+        width = out_stride * size
+        storing = _ONE_BY_ONE if (out | width) % (4 * size) else _SIDE_BY_SIDE
         out_map = token_map  # anything, where none is used
-        if self._boxes and not (out | out_stride * size) % 16:
+        if self._boxes and width >= self._row_bytes_out and not (out | width) % _OUT_MULTIPLE:
             storing = _IN_BOXES
             found = self._out_map
             if found is None or found.key != (out, out_stride):
@@ -362,7 +369,7 @@ class HopperGemm:
                     self._out_kind,
                     out,
                     (self._n, self._tokens),
-                    out_stride * size,
+                    width,
                     self._out_box,
                 )
             out_map = found

@@ -27,7 +27,7 @@ def hide(monkeypatch, *names):
         raise DynamicLibNotFoundError("hidden by this test")
 
     def open_file(name):
-        raise OSError(f"{name}: cannot open shared object file")
+        raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
     real = machine.find
     monkeypatch.setattr(
