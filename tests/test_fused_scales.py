@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from fake_gpu import Gpu, Memory
 from ffi_fake import FakeDll, fake_pool
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,51 +33,6 @@ from slidesparse_rt.ffi.cusparselt import MatmulAttribute, Status
 
 N, K, M = 40, 64, 20
 FUSED, PLAIN = ss.PlanOptions(fuse_channel_scales=True), ss.PlanOptions()
-
-
-class Memory:
-    """Device memory that only has an address."""
-
-    made = 0
-
-    def __init__(self, nbytes: int) -> None:
-        Memory.made += 1
-        self.pointer, self.nbytes = Memory.made << 20, nbytes
-
-    def close(self) -> None:
-        self.pointer = self.nbytes = 0
-
-    def __enter__(self) -> Memory:
-        return self
-
-    def __exit__(self, *arguments: Any) -> None:
-        self.close()
-
-
-class Gpu:
-    """A device that notes what is done to its memory."""
-
-    index, name = 0, "a stand-in"
-
-    def __init__(self) -> None:
-        self.lock = contextlib.nullcontext()
-        self.choices: dict[Any, Any] = {}
-        self.done: list[tuple[Any, ...]] = []
-
-    def allocate(self, nbytes: int) -> Memory:
-        return Memory(nbytes)
-
-    def filled(self, nbytes: int, *arguments: Any) -> Memory:
-        return Memory(nbytes)
-
-    def clear(self, *arguments: Any) -> None:
-        self.done.append(("clear", *arguments))
-
-    def copy_rows(self, *arguments: Any) -> None:
-        self.done.append(("copy_rows", *arguments))
-
-    def synchronize(self, stream: int) -> None:
-        self.done.append(("synchronize", stream))
 
 
 class Made(SimpleNamespace):

@@ -21,6 +21,7 @@ from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels import catalog
 from slidesparse_rt.kernels.compiler import read_source
 from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, configurations, tiling
+from slidesparse_rt.kernels.hopper_layout import PANEL_ROWS
 
 CONFIGS = shipped()
 SOURCE = read_source("hopper_gemm.cu")
@@ -188,7 +189,9 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         turns = config.groups if config.k_groups else 1
         assert steps // config.splits >= turns
         cut = tiling(config, n, bucket)
-        assert (cut.weight_tiles - 1) * config.rows < n <= cut.weight_tiles * config.rows
+        # Whole panels, whose blocks of 64 channels lie inside each other.
+        rows = -(-n // PANEL_ROWS) * PANEL_ROWS
+        assert (cut.weight_tiles - 1) * config.rows < rows <= cut.weight_tiles * config.rows
         assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
         assert cut.tiles == cut.weight_tiles * cut.token_tiles
         if config.splits == 1:
@@ -204,6 +207,20 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
             fewer = tiling(config, n, tokens)
             assert fewer.counters <= cut.counters
             assert fewer.partial_bytes <= cut.partial_bytes
+
+
+@given(st.integers(1, 700), st.sampled_from(CONFIGS))
+def test_tiles_have_every_channel(n, config):
+    """By the order of channels in hopper_gemm.cu: the blocks of a panel alternate."""
+    blocks = tiling(config, n, 1).weight_tiles * config.rows // 64
+    channels = {
+        block // 2 * 128 + 32 * warp + 4 * g + 2 * (block % 2) + h
+        for block in range(blocks)
+        for warp in range(4)
+        for g in range(8)
+        for h in range(2)
+    }
+    assert channels >= set(range(n))
 
 
 def test_few_tokens_share_k_and_many_do_not():

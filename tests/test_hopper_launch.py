@@ -117,35 +117,41 @@ ONE_BY_ONE, SIDE_BY_SIDE, IN_BOXES = 0, 1, 2
 
 
 @pytest.mark.parametrize(
-    ("blocks", "out_type", "out", "stride", "storing"),
+    ("blocks", "out_type", "n", "out", "stride", "storing"),
     [
-        (2, "bfloat16", 0x6000, 256, IN_BOXES),
-        (2, "bfloat16", 0x6010, 264, IN_BOXES),
-        (2, "bfloat16", 0x6008, 256, SIDE_BY_SIDE),
-        (2, "bfloat16", 0x6000, 260, SIDE_BY_SIDE),
-        (2, "float16", 0x6000, 258, ONE_BY_ONE),
-        (2, "float16", 0x6004, 256, ONE_BY_ONE),
-        (2, "float16", 0x6000, 257, ONE_BY_ONE),
-        (2, "float32", 0x6000, 256, IN_BOXES),
-        (2, "float32", 0x6000, 260, IN_BOXES),
-        (2, "float32", 0x6008, 256, ONE_BY_ONE),
-        (2, "float32", 0x6000, 257, ONE_BY_ONE),
-        (1, "bfloat16", 0x6000, 256, SIDE_BY_SIDE),
-        (1, "bfloat16", 0x6008, 260, SIDE_BY_SIDE),
-        (1, "bfloat16", 0x6002, 256, ONE_BY_ONE),
-        (1, "float32", 0x6000, 256, SIDE_BY_SIDE),
-        (1, "float32", 0x6000, 255, ONE_BY_ONE),
+        (2, "bfloat16", 256, 0x6000, 256, IN_BOXES),
+        (2, "bfloat16", 256, 0x6010, 264, IN_BOXES),
+        (2, "bfloat16", 248, 0x6000, 256, IN_BOXES),
+        (2, "bfloat16", 256, 0x6008, 256, SIDE_BY_SIDE),
+        (2, "bfloat16", 256, 0x6000, 260, SIDE_BY_SIDE),
+        (2, "float16", 256, 0x6000, 258, ONE_BY_ONE),
+        (2, "float16", 256, 0x6004, 256, ONE_BY_ONE),
+        (2, "float16", 256, 0x6000, 257, ONE_BY_ONE),
+        (2, "float32", 256, 0x6000, 256, IN_BOXES),
+        (2, "float32", 252, 0x6000, 260, IN_BOXES),
+        (2, "float32", 256, 0x6008, 256, ONE_BY_ONE),
+        (2, "float32", 256, 0x6000, 257, ONE_BY_ONE),
+        # The copy engine writes the last channels of a row as whole 16 bytes.
+        (2, "bfloat16", 252, 0x6000, 256, SIDE_BY_SIDE),
+        (2, "bfloat16", 255, 0x6000, 256, SIDE_BY_SIDE),
+        (2, "float32", 255, 0x6000, 256, SIDE_BY_SIDE),
+        (2, "float32", 1, 0x6000, 4, SIDE_BY_SIDE),
+        (1, "bfloat16", 256, 0x6000, 256, SIDE_BY_SIDE),
+        (1, "bfloat16", 250, 0x6008, 260, SIDE_BY_SIDE),
+        (1, "bfloat16", 256, 0x6002, 256, ONE_BY_ONE),
+        (1, "float32", 256, 0x6000, 256, SIDE_BY_SIDE),
+        (1, "float32", 255, 0x6000, 255, ONE_BY_ONE),
         # Rows that run backwards: the copy engine has no strides below zero.
-        (2, "bfloat16", 0x6000, -256, SIDE_BY_SIDE),
-        (2, "bfloat16", 0x6000, -260, SIDE_BY_SIDE),
-        (2, "float32", 0x6000, -256, SIDE_BY_SIDE),
-        (2, "float32", 0x6000, -257, ONE_BY_ONE),
-        (1, "bfloat16", 0x6000, -256, SIDE_BY_SIDE),
+        (2, "bfloat16", 256, 0x6000, -256, SIDE_BY_SIDE),
+        (2, "bfloat16", 256, 0x6000, -260, SIDE_BY_SIDE),
+        (2, "float32", 256, 0x6000, -256, SIDE_BY_SIDE),
+        (2, "float32", 256, 0x6000, -257, ONE_BY_ONE),
+        (1, "bfloat16", 256, 0x6000, -256, SIDE_BY_SIDE),
     ],
 )
-def test_how_results_are_stored(kernels, blocks, out_type, out, stride, storing):
+def test_how_results_are_stored(kernels, blocks, out_type, n, out, stride, storing):
     config = HopperConfig(32, blocks, 2, blocks == 1)
-    gemm = HopperGemm(kernels, "bf16", out_type, 250, 512, 512, 40, config)
+    gemm = HopperGemm(kernels, "bf16", out_type, n, 512, 512, 40, config)
     gemm(*OPERANDS, out, stride, *REST)
     launch = kernels.cuda.launches[0]
     assert launch["values"][-1] == storing

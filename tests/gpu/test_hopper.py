@@ -87,10 +87,11 @@ def test_every_kernel_is_exact(draw, pair):
         (66, least, 37, 67, 1, False),
         (300, 2048 + 16, 129, 300, 0, True),  # 16-bit rows are multiples of 8 bytes, not of 16
         (384, 4096 + 128, 300, 384, 0, False),  # boxes that end at the last channel
-        (385, 2048, 513, 416, 32, True),  # and such that do not
+        (392, 2048, 513, 416, 32, True),  # and such that do not
+        (385, 2048, 64, 416, 0, True),  # rows of the result end within 16 bytes
         (130, 1024 - 48 if config.splits == 1 else 4096 - 48, 300, 132, 4, True),
         (1000, least, several_items(config, 1000), 1024, 0, True),
-        (1000, least + 256, several_items(config, 1000), 1002, 2, False),
+        (1001, least + 256, several_items(config, 1001), 1002, 2, False),
     ):
         held = max(row_bytes, least)
         used = replace(fitting(config, held), tile_group=(8, 16, 1, 3)[m % 4])

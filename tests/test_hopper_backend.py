@@ -1,0 +1,294 @@
+"""The backend "hopper" where it needs no GPU: what it packs, chooses, times and launches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_cuda import FakeKernels
+from fake_gpu import Gpu, Memory
+from hopper_cases import DTYPES, OUT_TYPES
+
+import slidesparse_rt as ss
+from slidesparse_rt.backends import Problem, hopper
+from slidesparse_rt.backends.gpu_weight import GpuWeight
+from slidesparse_rt.backends.hopper import HopperBackend, HopperPrepared
+from slidesparse_rt.dtypes import array_type, operand
+from slidesparse_rt.errors import LibraryError
+from slidesparse_rt.kernels.catalog import HOPPER_SHARED_BYTES
+from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS, configurations, tiling
+from slidesparse_rt.kernels.hopper_layout import packed_bytes
+
+N, K = 1000, 4100
+OPTIONS = ss.PlanOptions()
+STREAM = 77
+
+
+class Machine(SimpleNamespace):
+    """A GPU, its kernels, and what was timed on it."""
+
+    gpu: Gpu
+    kernels: FakeKernels
+    timed: list[dict[str, Any]]
+    slid: list[tuple[int, int, int]]
+    dropped: int
+    pick: int
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine(gpu=Gpu(), kernels=FakeKernels(), timed=[], slid=[], dropped=0, pick=0)
+    monkeypatch.setattr(hopper, "kernels_of", lambda index: {0: made.kernels}[index])
+
+    def slide(self: GpuWeight, rows: int, pitch: int, stream: int) -> Memory:
+        made.slid.append((rows, pitch, stream))
+        return Memory(1)
+
+    def drop(self: GpuWeight) -> None:
+        made.dropped += 1
+
+    def fastest(runs: Any, stream: int, *, before: Any = None) -> int:
+        start = len(made.kernels.cuda.launches)
+        for run in runs:
+            run()
+        cleared = len(made.gpu.done)
+        if before is not None:
+            before()
+        made.timed.append(
+            {
+                "stream": stream,
+                "launches": made.kernels.cuda.launches[start:],
+                "flushed": [done[2] for done in made.gpu.done[cleared:] if done[0] == "clear"],
+                "held": len(Memory.held),
+            }
+        )
+        return min(made.pick, len(runs) - 1)
+
+    monkeypatch.setattr(GpuWeight, "slide", slide)
+    monkeypatch.setattr(GpuWeight, "drop_values", drop)
+    monkeypatch.setattr(hopper, "fastest", fastest)
+    monkeypatch.setattr(Memory, "held", set())
+    return made
+
+
+def prepared(
+    machine: Machine, n: int = N, k: int = K, dtype: str = "int8", pattern: str = "6:8"
+) -> HopperPrepared:
+    device: Any = machine.gpu
+    weight = GpuWeight(device, (n, k), ss.Pattern.parse(pattern), operand(dtype), None, STREAM)
+    if operand(dtype).scaled:
+        scales: Any = Memory(4 * n)
+        weight._scales = scales
+    driver = machine.kernels.cuda
+    layout, driver.layout = driver.layout, HOPPER_PACK_ARGUMENTS
+    try:
+        return HopperPrepared(weight, OPTIONS, STREAM)
+    finally:
+        driver.layout = layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_for_one_compute_capability_and_every_format(dtype: str) -> None:
+    gpu: Any = Gpu()
+    problem = Problem(N, K, ss.Pattern.parse("6:8"), operand(dtype))
+    assert HopperBackend().supports_on(problem, gpu).ok
+    for capability, found in (((8, 9), "8.9"), ((10, 0), "10.0"), ((9, 1), "9.1")):
+        gpu.capability = capability
+        support = HopperBackend().supports_on(problem, gpu)
+        assert not support.ok
+        assert support.why_not == (
+            f"its kernel is for compute capability 9.0 alone, a stand-in has {found}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern", "row_length", "slid_bytes"),
+    [
+        ("int8", "2:4", 4112, 4352),  # K' = 4100
+        ("int8", "6:8", 6160, 6400),  # 6156
+        ("fp8_e4m3", "4:6", 5472, 5632),  # 5472
+        ("bf16", "6:8", 6160, 12_544),
+        ("fp16", "2:4", 4104, 8448),
+    ],
+)
+def test_the_weight_is_slid_and_packed(
+    machine: Machine, dtype: str, pattern: str, row_length: int, slid_bytes: int
+) -> None:
+    made = prepared(machine, dtype=dtype, pattern=pattern)
+    size = operand(dtype).bits // 8
+    assert made.row_length == row_length
+    assert machine.slid == [(1024, slid_bytes // size, STREAM)]
+    pack = machine.kernels.cuda.launches[0]
+    assert pack["stream"] == STREAM
+    assert pack["values"][1:] == [
+        slid_bytes,
+        made.packed.pointer,
+        2 * 8 * slid_bytes // 128,
+        slid_bytes // 128,
+    ]
+    assert machine.gpu.done[-1] == ("synchronize", STREAM)
+    assert machine.dropped == 1
+    assert made.operand_bytes == packed_bytes(1024, slid_bytes, size)
+    assert made.padded_n == N
+    scales = 4 * N if operand(dtype).scaled else 0
+    assert made.nbytes == made.operand_bytes + scales
+    assert Memory.held == {made.packed.pointer} | ({made.weight.scales} - {0})
+    made.close()
+    assert Memory.held == set()
+
+
+def test_packing_that_fails_gives_its_memory_back(machine: Machine) -> None:
+    machine.kernels.cuda.status = 719
+    with pytest.raises(LibraryError, match="cuLaunchKernel returned 719"):
+        prepared(machine, dtype="bf16")
+    assert Memory.held == set()
+    assert machine.dropped == 0
+
+
+def test_a_choice_is_timed_once_for_a_device_shape_format_and_bucket(machine: Machine) -> None:
+    float32, bfloat16 = array_type("float32"), array_type("bfloat16")
+    first, twin = prepared(machine), prepared(machine)
+    for made in (first, twin, first):
+        for tokens in (513, 700, 1024):
+            made.make_product(tokens, bfloat16, STREAM)
+    assert len(machine.timed) == 1
+    others = [
+        (first, 512, bfloat16),
+        (first, 1025, bfloat16),
+        (first, 1024, float32),
+        (prepared(machine, n=N + 1), 1024, bfloat16),
+        (prepared(machine, k=K + 400), 1024, bfloat16),
+        (prepared(machine, dtype="fp8_e4m3"), 1024, bfloat16),
+    ]
+    for count, (made, tokens, kind) in enumerate(others):
+        made.make_product(tokens, kind, STREAM)
+        assert len(machine.timed) == count + 2
+        made.make_product(tokens, kind, STREAM)
+        assert len(machine.timed) == count + 2
+    assert len(machine.gpu.choices) == len(machine.timed)
+    # Another device has its own choices.
+    machine.gpu = Gpu()
+    prepared(machine).make_product(1024, bfloat16, STREAM)
+    assert len(machine.timed) == len(others) + 2
+
+
+@pytest.mark.parametrize("pick", [0, 1, 2])
+def test_the_fastest_is_what_runs(machine: Machine, pick: int) -> None:
+    machine.pick = pick
+    made = prepared(machine)
+    product = made.make_product(200, array_type("bfloat16"), STREAM)
+    wanted = configurations(N, made._slid_bytes, 256, 132)[pick]
+    assert list(machine.gpu.choices.values()) == [wanted]
+    cut = tiling(wanted, N, 200)
+    assert product.scratch_bytes == cut.partial_bytes
+    product.launch(0x1000, 0x2000, 0x3000, N, 0x4000, 0x5000, 99)
+    launch = machine.kernels.cuda.launches[-1]
+    assert launch["stream"] == 99
+    assert launch["values"][:8] == [
+        made.packed.pointer,
+        0x2000,
+        made.weight.scales,
+        0,
+        0x3000,
+        N,
+        0x4000,
+        0x5000,
+    ]
+    assert launch["values"][8:10] == [200, N]
+    assert launch["values"][12:14] == [cut.weight_tiles, cut.token_tiles]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_formats_without_scales_get_none(machine: Machine, dtype: str) -> None:
+    made = prepared(machine, dtype=dtype)
+    product = made.make_product(5, array_type("float32"), STREAM)
+    product.launch(0x1000, 0x2000, 0x3000, N, 0x4000, 0x5000, STREAM)
+    _, token_scales, channel_scales, *_ = machine.kernels.cuda.launches[-1]["values"]
+    scaled = operand(dtype).scaled
+    assert token_scales == (0x2000 if scaled else 0)
+    assert channel_scales == made.weight.scales
+    assert bool(channel_scales) == scaled
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bucket", "cold"),
+    [
+        *((1, 16, True), (16, 16, True), (17, 32, True), (512, 512, True)),
+        *((513, 1024, False), (16_384, 16_384, False), (70_000, 16_384, False)),
+    ],
+)
+def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -> None:
+    """Every promising configuration, for the bucket; where tokens are few, with a cold cache."""
+    made = prepared(machine)
+    held = len(Memory.held)
+    made.make_product(tokens, array_type("bfloat16"), STREAM)
+    (timed,) = machine.timed
+    promising = configurations(N, made._slid_bytes, bucket, 132)
+    assert timed["stream"] == STREAM
+    assert timed["flushed"] == ([2 * machine.gpu.l2_bytes] if cold else [])
+    assert len(timed["launches"]) == len(promising)
+    places = set()
+    for launch, config in zip(timed["launches"], promising, strict=True):
+        assert launch["shared"] == config.shared_bytes <= HOPPER_SHARED_BYTES
+        assert launch["values"][5] == N
+        assert launch["values"][8:10] == [bucket, N]
+        assert launch["values"][-2] == config.splits
+        places.add((launch["values"][0], *launch["values"][4:8:3]))
+    # One result and one row of counters for all, and nothing kept afterwards.
+    assert len(places) == 1
+    assert timed["held"] == held + 6
+    assert len(Memory.held) == held
+    ones, zeros = (done[2] for done in machine.gpu.done if done[0] == "upload")
+    assert ones.tolist() == [1.0] * bucket
+    assert not zeros.any()
+    assert zeros.size >= max(tiling(config, N, bucket).counters for config in promising)
+
+
+def test_one_promising_configuration_is_not_timed(machine: Machine) -> None:
+    made = prepared(machine, n=64, k=100, pattern="2:4")
+    made.make_product(16, array_type("bfloat16"), STREAM)
+    assert machine.timed == []
+    assert len(machine.gpu.choices) == 1
+
+
+def test_memory_for_timing_is_given_back_where_timing_fails(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(machine)
+    held = set(Memory.held)
+
+    def refuse(*arguments: Any, **options: Any) -> int:
+        raise LibraryError("no")
+
+    monkeypatch.setattr(hopper, "fastest", refuse)
+    with pytest.raises(LibraryError, match="no"):
+        made.make_product(16, array_type("bfloat16"), STREAM)
+    assert Memory.held == held
+    assert machine.gpu.choices == {}
+
+
+@pytest.mark.parametrize("out_type", OUT_TYPES)
+def test_it_writes_every_result_itself(machine: Machine, out_type: str) -> None:
+    made = prepared(machine)
+    kind = array_type(out_type)
+    assert made.always_direct
+    for out, stride in ((0x1000, N), (0x1001, N + 1), (0x1002, -N)):
+        assert made.can_write(kind, out, stride, 1)
+    product = made.make_product(40, kind, STREAM)
+    assert product.direct
+    layout = made.layout(product, 40)
+    assert layout.padded_tokens == 40
+    assert layout.sums == layout.scratch  # no sums
+    assert layout.nbytes == layout.scratch + product.scratch_bytes
+
+
+def test_the_backend_packs_what_it_is_given(machine: Machine) -> None:
+    device: Any = machine.gpu
+    machine.kernels.cuda.layout = HOPPER_PACK_ARGUMENTS
+    weight = GpuWeight(device, (N, K), ss.Pattern.parse("6:8"), operand("bf16"), None, STREAM)
+    made = HopperBackend().pack(weight, OPTIONS, STREAM)
+    assert isinstance(made, HopperPrepared)
+    assert made.lift == ss.Pattern.parse("6:8")
+    assert made.weight is weight
+    assert HopperBackend().name == "hopper"
