@@ -206,14 +206,15 @@ SS_DEVICE bool gather_splits(Sums& sums, const Item& item, int group, int thread
   named_barrier(PART_KNOWN, WORKERS * GROUP_THREADS);
   if (!*last) return false;
   fence_device();
+#pragma unroll
+  for (int i = 0; i < BLOCKS * SUMS; ++i) sums.of[i / SUMS][i % SUMS] = 0;
 #pragma unroll 1
   for (int split = 0; split < shape.splits; ++split) {
     const u32* const theirs = of_tile + split * OF_PART;
 #pragma unroll
     for (int i = 0; i < BLOCKS * SUMS; ++i) {
       u32& sum = sums.of[i / SUMS][i % SUMS];
-      const u32 part = load_shared_by_blocks(theirs + i * GROUP_THREADS);
-      sum = split ? plus(sum, part) : part;
+      sum = plus(sum, load_shared_by_blocks(theirs + i * GROUP_THREADS));
     }
   }
   return true;
@@ -222,7 +223,7 @@ SS_DEVICE bool gather_splits(Sums& sums, const Item& item, int group, int thread
 // --- results --------------------------------------------------------------------------------------
 
 // How results can be stored.
-constexpr int ONE_BY_ONE = 0, SIDE_BY_SIDE = 1, IN_BOXES = 2;
+constexpr int SIDE_BY_SIDE = 1, IN_BOXES = 2;  // 0: one by one
 
 struct Epilogue {
   const float* token_scales;
@@ -413,7 +414,7 @@ SS_DEVICE void write_tile(const Sums& sums, const TokenScales& held, u32 own_sca
       store_boxes(sums, scales, item, group, thread, buffer, channel, left, to);
     }
   } else if (left > 0) {
-    if (to.storing != ONE_BY_ONE && left >= 2 * BLOCKS) {
+    if (to.storing >= SIDE_BY_SIDE && left >= 2 * BLOCKS) {
       store_directly<true>(sums, scales, first, channel, left, shape, to);
     } else {
       store_directly<false>(sums, scales, first, channel, left, shape, to);

@@ -193,8 +193,10 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
             found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
     elif tokens <= _MANY_TOKENS:
         found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
-        for width in _HIGH_TILES:
+        for width in _HIGH_TILES[:-1]:
             found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
+        # With K' split, the highest would spill registers.
+        found.append(HopperConfig(_HIGH_TILES[-1], 2))
     else:
         found = [HopperConfig(width, 2) for width in _HIGH_TILES]
         found += [HopperConfig(width, 2, tile_group=16) for width in _HIGH_TILES[-2:]]

@@ -134,6 +134,9 @@ def beside(captured, work):
         finally:
             finished.set()
 
+    # What earlier tests left (a failed one's frames hold graphs and arrays) goes before the capture:
+    # collected in the middle of it, other libraries' memory would break it.
+    gc.collect()
     worker = threading.Thread(target=thread)
     worker.start()
     try:
