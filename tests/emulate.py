@@ -21,7 +21,7 @@ from kernel_checks import POISON
 
 from slidesparse_rt.kernels.catalog import KernelSpec
 from slidesparse_rt.kernels.compiler import Resources, read_source
-from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS
+from slidesparse_rt.kernels.hopper import _GEMM_ARGUMENTS, HOPPER_PACK_ARGUMENTS
 from slidesparse_rt.kernels.launch import (
     DEQUANTIZE_ARGUMENTS,
     QUANTIZE_ARGUMENTS,
@@ -31,14 +31,17 @@ from slidesparse_rt.kernels.loader import DeviceLimits, Kernel
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 _FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-w")
-_PRIMITIVES = Path(__file__).with_name("emulator") / "primitives.cuh"
+_EMULATOR = Path(__file__).with_name("emulator")
+#: Arguments that the emulator passes; a kernel takes as many of them as it has.
+_ARGUMENTS = 24
 
 
 @functools.cache
 def _library(spec: KernelSpec) -> ctypes.CDLL:
     source = read_source(spec.source)
     files = {**source.headers, spec.source: source.text}
-    files["primitives.cuh"] = _PRIMITIVES.read_text()
+    # What asks something of the hardware.
+    files.update({path.name: path.read_text() for path in _EMULATOR.glob("*.cuh")})
     digest = hashlib.sha256(repr((sorted(files.items()), spec.options)).encode()).hexdigest()
     # Shared by all test processes; a library appears under its name only when it is complete.
     target = Path(tempfile.gettempdir()) / f"slidesparse-emulated-{getpass.getuser()}" / digest
@@ -62,11 +65,14 @@ def run(
     height: int,
     shared: int,
     *arguments: int,
-    backwards: bool = False,
+    order: int = 0,
 ) -> None:
-    """Launch as slidesparse_rt.kernels.launch.Launch does; addresses are host addresses."""
+    """Launch as slidesparse_rt.kernels.launch.Launch does; addresses are host addresses.
+
+    ``order`` of the threads: see tests/emulator/primitives.cuh.
+    """
     library = _library(spec)
-    values = (ctypes.c_uint64 * 12)(*(value & (2**64 - 1) for value in arguments))
+    values = (ctypes.c_uint64 * _ARGUMENTS)(*(value & (2**64 - 1) for value in arguments))
     emulate = library.emulate
     emulate.restype = ctypes.c_char_p
     trouble = emulate(
@@ -76,7 +82,7 @@ def run(
         width,
         height,
         shared,
-        int(backwards),
+        order,
     )
     assert trouble == b"", trouble.decode()
 
@@ -111,6 +117,17 @@ class EmulatedCuda:
         assert name == "cuLaunchKernel"
         return self._launch
 
+    def cuTensorMapEncodeTiled(self, location: int, *rest: Any) -> None:  # noqa: N802
+        """What tests/emulator/hopper.cuh reads of a tensor map."""
+        kind, _, address, extents, strides, box, *_ = rest
+        size = {0: 1, 6: 2, 7: 4, 9: 2}[kind]
+        assert address % 16 == strides[0] % 16 == 0
+        assert 0 < strides[0] < 1 << 40
+        assert box[0] * size == 128
+        assert box[1] <= 256
+        words = (address, *extents, strides[0], *box, size)
+        ctypes.memmove(location, struct.pack("<7q", *words), 56)
+
     def _launch(self, function: int, *rest: Any) -> int:
         blocks, _, _, width, height, _, shared, _, addresses, _ = rest
         spec = self._machine.specs[function]
@@ -119,28 +136,39 @@ class EmulatedCuda:
             "dequantize": DEQUANTIZE_ARGUMENTS,
             **WEIGHT_ARGUMENTS,
             "hopper_pack": HOPPER_PACK_ARGUMENTS,
+            "hopper_gemm": _GEMM_ARGUMENTS,
         }[spec.entry]
-        values = [
+        addresses = list(addresses)
+        maps = addresses[: len(addresses) - len(layout)]  # passed by their addresses
+        values = maps + [
             struct.unpack(code, ctypes.string_at(address, struct.calcsize(code)))[0]
-            for code, address in zip(layout, addresses, strict=True)
+            for code, address in zip(layout, addresses[len(maps) :], strict=True)
         ]
         self._machine.launches.append((spec, blocks, width, height, shared))
-        run(spec, blocks, width, height, shared, *values, backwards=self._machine.backwards)
+        run(spec, blocks, width, height, shared, *values, order=self._machine.order)
         return 0
 
 
 class EmulatedMachine:
-    """Looks like a device's KernelCache to launchers; ``backwards`` reverses the threads."""
+    """Looks like a device's KernelCache to launchers.
+
+    ``backwards`` reverses the threads; ``uneven``, a number above 1, lets warpgroups sleep.
+    """
 
     stream = 0
 
     def __init__(
-        self, *, backwards: bool = False, shared_bytes: int = 99 * 1024, sm_count: int = 2
+        self,
+        *,
+        backwards: bool = False,
+        uneven: int = 0,
+        shared_bytes: int = 99 * 1024,
+        sm_count: int = 2,
     ) -> None:
         self.cuda = EmulatedCuda(self)
         self.kernels: Any = self
         self.limits = DeviceLimits((8, 6), sm_count, shared_bytes)
-        self.backwards = backwards
+        self.order = uneven or int(backwards)
         self.specs: dict[int, KernelSpec] = {}
         self.launches: list[tuple[KernelSpec, int, int, int, int]] = []
 

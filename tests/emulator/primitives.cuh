@@ -54,7 +54,8 @@ struct Machine {
   u32 shared_bytes = 0;
   void (*entry)() = nullptr;
   const u64* arguments = nullptr;
-  int argument_count = 0;
+  int progress = 0;  // grows whenever a barrier lets threads pass
+  std::vector<void (*)()> at_edges;  // called before each block and after the last
   char trouble[160] = "";
 };
 inline Machine machine;
@@ -79,7 +80,7 @@ inline void give_way() {
 
 inline void wait_at(Barrier& barrier) {
   if (++barrier.arrived == barrier.expected) {
-    barrier.arrived = 0, ++barrier.phase;
+    barrier.arrived = 0, ++barrier.phase, ++machine.progress;
     return;
   }
   for (const int phase = barrier.phase; barrier.phase == phase;) give_way();
@@ -104,9 +105,11 @@ inline u32 warp_sum(u32 v) { return over_warp(v, [](u32 a, u32 b) { return a + b
 inline void call_entry() {
   const u64* const a = machine.arguments;
   // Integers and pointers only: each takes one 8-byte slot, whatever its width.
-  using F = void (*)(u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64);
+  using F = void (*)(u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64, u64,
+                     u64, u64, u64, u64, u64, u64, u64);
   reinterpret_cast<F>(machine.entry)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10],
-                                     a[11]);
+                                     a[11], a[12], a[13], a[14], a[15], a[16], a[17], a[18], a[19], a[20],
+                                     a[21], a[22], a[23]);
 }
 
 inline void fiber_main() {
@@ -114,11 +117,12 @@ inline void fiber_main() {
   machine.fibers[machine.running].done = true;
 }
 
-// Runs `entry` (12 arguments) over a grid of `blocks`; `backwards` reverses the order of threads.
+// Runs `entry` (24 arguments) over a grid of `blocks`.  `order`: 0, threads take turns; 1, the last one
+// first; larger, each warpgroup of 128 in turn sleeps while the others go on, as this seed says.
 // Returns "" or what went wrong.
 extern "C" __attribute__((used, visibility("default"))) const char*
 emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsigned y, u32 shared_bytes,
-        int backwards) {
+        int order) {
   const int threads = static_cast<int>(x * y);
   machine.trouble[0] = 0;
   machine.entry = entry, machine.arguments = arguments;
@@ -129,8 +133,10 @@ emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsi
                         (16 - reinterpret_cast<std::uintptr_t>(machine.shared.data()) % 16) % 16;
   if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.resize(threads);
   machine.lanes.assign(threads, 0);
+  u32 random = order, rounds = 0, asleep = 0;
   for (unsigned b = 0; b < blocks && !machine.trouble[0]; ++b) {
     machine.block = {b, 0, 0};
+    for (const auto hook : machine.at_edges) hook();
     std::memset(machine.shared_base, 0xa5, shared_bytes);
     machine.all = {threads, 0, 0};
     machine.warps.assign((threads + 31) / 32, Barrier{32, 0, 0});
@@ -145,19 +151,28 @@ emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsi
     }
     for (int idle = 0, left = threads; left && idle < 1000;) {
       left = 0;
-      const int phases_before = machine.all.phase;
+      const int before = machine.progress;
       int finished = 0;
+      // Long enough for the others to come to the next but one thing that they share.
+      if (order > 1 && rounds++ % 200 == 0) {
+        random = random * 1664525u + 1013904223u, asleep = (random >> 16) % ((threads + 127) / 128);
+      }
       for (int i = 0; i < threads; ++i) {
-        const int t = backwards ? threads - 1 - i : i;
+        const int t = order == 1 ? threads - 1 - i : i;
         if (machine.fibers[t].done) continue;
+        if (order > 1 && threads > 128 && t / 128 == static_cast<int>(asleep)) {
+          ++left;
+          continue;
+        }
         machine.running = t, machine.thread = {t % x, t / x, 0};
         swapcontext(&machine.scheduler, &machine.fibers[t].context);
         if (machine.fibers[t].done) ++finished; else ++left;
       }
-      idle = finished || machine.all.phase != phases_before ? 0 : idle + 1;
+      idle = finished || machine.progress != before ? 0 : idle + 1;
       if (idle == 1000) complain("threads wait for each other for ever");
     }
   }
+  for (const auto hook : machine.at_edges) hook();
   return machine.trouble;
 }
 

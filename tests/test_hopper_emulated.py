@@ -1,0 +1,161 @@
+"""The Hopper GEMM's own source on the CPU, every tile and every way of sharing K', to the bit.
+
+tests/emulator has its barriers, copy engine and products.  Each does its work as early or as late
+as hardware may, so that a buffer that is given free too soon, or read too soon, shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from emulate import COMPILER, EmulatedMachine, Memory
+from hopper_cases import DTYPES, OUT_TYPES, shipped
+from kernel_checks import POISON
+
+from slidesparse_rt.dtypes import array_type, operand
+from slidesparse_rt.kernels.catalog import HOPPER_SHARED_BYTES
+from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, tiling
+from slidesparse_rt.kernels.hopper_layout import pack
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+#: Few multiprocessors, so that each works on several tiles.
+SM_COUNT = 3
+
+
+def sparse(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
+    """A 2:4 matrix of whole numbers from -3 to 3, whose sums every format holds."""
+    values = rng.integers(-3, 4, (rows, columns // 4, 4))
+    drop = np.argsort(rng.random(values.shape), axis=2)[:, :, :2]
+    np.put_along_axis(values, drop, 0, axis=2)
+    return values.reshape(rows, columns)
+
+
+def filled(values: np.ndarray) -> Memory:
+    memory = Memory(values.nbytes)
+    memory.write(values)
+    return memory
+
+
+class Product:
+    """Operands of a product in emulated memory, and what it must give."""
+
+    def __init__(
+        self, rng: np.random.Generator, dtype: str, n: int, row_bytes: int, m: int, *, bias: bool
+    ) -> None:
+        kind = operand(dtype).dtype
+        self.dtype, self.n, self.m, self.row_bytes = dtype, n, m, row_bytes
+        columns, self.slid_bytes = row_bytes // kind.itemsize, -(-row_bytes // 256) * 256
+        slid = np.zeros((-(-n // 128) * 128, self.slid_bytes // kind.itemsize), np.int64)
+        slid[:n, :columns] = sparse(rng, n, columns)
+        x = rng.integers(-3, 4, (m, columns))
+        vectors = [rng.random(m) + 0.5, rng.random(n) + 0.5, rng.standard_normal(n)]
+        s_m, s_n, b = (vector.astype(np.float32) for vector in vectors)
+        y = (x @ slid[:n, :columns].T).astype(np.float32)
+        scaled = operand(dtype).scaled
+        if scaled:
+            y = (y * s_m[:, None]) * s_n
+        self.exact = y + b if bias else y
+        self.operands = [filled(pack(slid.astype(kind))), filled(x.astype(kind))]
+        given = [(s_m, scaled), (s_n, scaled), (b, bias)]
+        self._vectors = [filled(vector) if used else None for vector, used in given]
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of the packed weight, the tokens, both scales and the bias."""
+        return [held.address if held else 0 for held in (*self.operands, *self._vectors)]
+
+
+def check_product(
+    machine: EmulatedMachine,
+    product: Product,
+    config: HopperConfig,
+    out_type: str,
+    stride: int,
+    offset: int = 0,
+) -> None:
+    """Launch twice: right to the bit, nothing else written, counters zero."""
+    kind: Any = array_type(out_type).dtype
+    n, m, size = product.n, product.m, kind.itemsize
+    gemm = HopperGemm(
+        machine.kernels,
+        product.dtype,
+        out_type,
+        n,
+        product.slid_bytes,
+        product.row_bytes,
+        m,
+        config,
+    )
+    start = max(0, -stride) * (m - 1)
+    out = Memory(((m - 1) * abs(stride) + n) * size, offset * size)
+    cut = tiling(config, n, m)
+    partials, counters = Memory(cut.partial_bytes), filled(np.zeros(cut.counters, np.uint32))
+    for _ in range(2):
+        out.write(np.full(out.read().size, POISON, np.uint8))
+        gemm(
+            *product.addresses,
+            out.address + start * size,
+            stride,
+            partials.address,
+            counters.address,
+            machine.stream,
+        )
+        found = out.read().view(f"u{size}")
+        rows = np.lib.stride_tricks.as_strided(
+            found[start:], (m, n), (stride * size, size), writeable=True
+        )
+        wanted = product.exact.astype(kind).view(rows.dtype)
+        wrong = np.argwhere(rows != wanted)
+        assert wrong.size == 0, f"{len(wrong)} of {rows.size}, first {wrong[0]}, last {wrong[-1]}"
+        rows[:] = int.from_bytes([POISON] * size, "little")
+        assert (found.view(np.uint8) == POISON).all(), "written between the rows"
+        for memory in (out, partials, counters):
+            memory.check()
+        assert not counters.read().any()
+
+
+@pytest.mark.parametrize("number", range(len(shipped())))
+def test_every_tile_is_exact(number: int) -> None:
+    config = shipped()[number]
+    machine = EmulatedMachine(
+        shared_bytes=HOPPER_SHARED_BYTES, sm_count=SM_COUNT, backwards=number % 2 == 1
+    )
+    rng = np.random.default_rng(number)
+    dtype, out_type = DTYPES[number % len(DTYPES)], OUT_TYPES[number % len(OUT_TYPES)]
+    steps = config.splits * (config.groups if config.k_groups else 1)
+    least = 256 * steps - 240
+    # Two tiles of channels, so that every multiprocessor has more than one tile.
+    n = config.rows + 72
+    m = 3 * config.tokens // 2 + 3
+    check_product(machine, Product(rng, dtype, n, least, m, bias=True), config, out_type, n)
+    # Rows in pieces of 8 bytes, or of 4, and more splits than tiles divide evenly.
+    more = replace(config, splits=3, tile_group=1) if config.splits > 1 else config
+    row_bytes = 256 * (3 * steps) + 16
+    product = Product(rng, dtype, 70, row_bytes, 19, bias=False)
+    for stride, offset in ((72, 0), (76, 4), (71, 1), (-72, 0)):
+        check_product(machine, product, more, out_type, stride, offset)
+    assert {spec.entry for spec, *_ in machine.launches} == {"hopper_gemm"}
+
+
+@pytest.mark.parametrize("uneven", [2, 3, 4])
+@pytest.mark.parametrize(
+    "config", [HopperConfig(16, 1, 2, True), HopperConfig(16, 1, 4, True, 2), HopperConfig(32, 2)]
+)
+def test_warpgroups_may_be_late(config: HopperConfig, uneven: int) -> None:
+    """One sleeps while the others go on to the next tiles, as far as its work lets them."""
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=1, uneven=uneven)
+    product = Product(np.random.default_rng(6), "int8", 300, 8 * 256 + 48, 35, bias=False)
+    check_product(machine, product, config, "bfloat16", 300)
+
+
+@pytest.mark.parametrize("out_type", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [32, 64, 160, 208])
+def test_result_buffers_are_not_written_before_they_were_read(tokens: int, out_type: str) -> None:
+    """Also where a tile has an odd number of chunks, and many follow each other on short K'."""
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=1)
+    product = Product(np.random.default_rng(5), "int8", 264, 16, 2 * tokens + 5, bias=True)
+    check_product(machine, product, HopperConfig(tokens, 2), out_type, 264)
