@@ -61,6 +61,10 @@ constexpr int SCALES = RESULTS + (BOXES ? GROUPS * 2 * BUFFER_BYTES : 0);
 constexpr int GATHER = SCALES + GROUPS * 4 * TOKENS * 4;
 constexpr int BARRIERS = GATHER + (K_GROUPS ? (GROUPS - 1) * BLOCKS * SUMS * GROUP_THREADS * 4 : 0);
 
+// A barrier tells only even from odd uses of a stage: who waits for one must have seen the use before.
+// Where warpgroups take turns, each stage must therefore always be the same warpgroup's.
+static_assert(!K_GROUPS || STAGES % (2 * GROUPS) == 0, "stages must be whole rounds of turns");
+
 // Names of barriers among warpgroups; STORING + group is one warpgroup's own.
 constexpr u32 GATHER_FULL = 1, GATHER_FREE = 2, PART_WRITTEN = 3, PART_KNOWN = 4, STORING = 5;
 

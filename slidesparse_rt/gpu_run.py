@@ -299,18 +299,24 @@ class GpuRunner:
                 direct = prepared.can_write(out_kind, out, out_stride, rows)
                 key = (get_ident(), direct)
                 step = steps.get(key)
-                if step is None:
-                    step = prepared.step(rows, kind, out_kind, direct, stream)
-                    if len(steps) >= _STEPS:
-                        steps.clear()  # of threads that ended, most likely
-                    steps[key] = step
-                step(x, stride, out, out_stride, workspace, stream)
+                if step is not None:
+                    step(x, stride, out, out_stride, workspace, stream)
+                    return
+                step = prepared.step(rows, kind, out_kind, direct, stream)
+                if len(steps) >= _STEPS:
+                    steps.clear()  # of threads that ended, most likely
+                steps[key] = step
+                # Drivers and libraries may load code at a first launch, which would break a capture
+                # of another thread.
+                with relaxed_capture():
+                    step(x, stride, out, out_stride, workspace, stream)
                 return
             while rows > 0:
                 part = rows if rows < most else most
                 direct = prepared.can_write(out_kind, out, out_stride, part)
                 step = prepared.step(part, kind, out_kind, direct, stream)
-                step(x, stride, out, out_stride, workspace, stream)
+                with relaxed_capture():
+                    step(x, stride, out, out_stride, workspace, stream)
                 rows -= part
                 x += part * stride * (kind.bits // 8)
                 out += part * out_stride * (out_kind.bits // 8)

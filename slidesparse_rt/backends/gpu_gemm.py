@@ -213,9 +213,13 @@ class GpuPrepared(ABC):
             cache.move_to_end(key)
             return found
         if is_capturing(stream):
+            results, given = "", ""
+            if direct is not None:
+                results, given = f" with {direct.name} results", f", x_dtype={direct.name!r}"
             raise CaptureError(
                 f"a CUDA graph is being captured, and this plan is not prepared for {tokens} "
-                f"tokens on this thread; call plan.prepare(tokens=[{tokens}]) before the capture"
+                f"tokens{results} on this thread; call plan.prepare(tokens=[{tokens}]{given}) "
+                f"before the capture"
             )
         made = self.make_product(tokens, direct, stream)
         cache[key] = made

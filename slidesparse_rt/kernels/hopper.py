@@ -114,9 +114,16 @@ class HopperConfig:
 
     @property
     def stages(self) -> int:
-        """Stages that shared memory holds beside that, at most 16."""
+        """Stages that shared memory holds beside that, at most 16.
+
+        Where warpgroups take turns at steps of two stages, a whole number of rounds: each stage
+        then always belongs to the same warpgroup.  A barrier tells only even from odd uses of a
+        stage, so one that waits must have seen the use before.
+        """
         room = catalog.HOPPER_SHARED_BYTES - self.extra_bytes
-        return min(_MOST_STAGES, room // self.stage_bytes)
+        fitting = min(_MOST_STAGES, room // self.stage_bytes)
+        turn = 2 * self.groups if self.k_groups else 1
+        return fitting // turn * turn
 
     @property
     def stage_bytes(self) -> int:

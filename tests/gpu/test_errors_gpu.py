@@ -125,9 +125,11 @@ def test_out_of_memory_leaves_the_plan_usable(plan):
     gc.collect()
     torch.cuda.empty_cache()
     cupy.get_default_memory_pool().free_all_blocks()
-    x = torch.zeros((3000, K), device="cuda")
-    out = torch.empty((3000, N), device="cuda")
-    plan.prepare([3000], x_dtype="float32", stream=torch.cuda.Stream())
+    # Enough of them that what every backend needs is more than the odd ends of memory.
+    rows = 50_000
+    x = torch.zeros((rows, K), device="cuda")
+    out = torch.empty((rows, N), device="cuda")
+    plan.prepare([rows], x_dtype="float32", stream=torch.cuda.Stream())
     free, _ = cupy.cuda.runtime.memGetInfo()
     hog = []
     for size in (1 << 30, 1 << 24, 1 << 20):

@@ -384,4 +384,5 @@ def test_what_is_shipped_is_what_was_tested_here():
     assert {(pair[1], pair[2]) for pair in PAIRS} == {
         (dtype, out_type) for dtype in DTYPES for out_type in OUT_TYPES
     }
-    assert all(tiling(pair[0], 1, 1).tiles == 1 for pair in PAIRS)
+    # Of one channel, the panel's other block comes along where a tile is one block.
+    assert all(tiling(pair[0], 1, 1).tiles == max(1, 128 // pair[0].rows) for pair in PAIRS)
