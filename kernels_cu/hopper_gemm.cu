@@ -365,8 +365,15 @@ SS_DEVICE void store_boxes(const Sums& sums, u32 scales, const Item& item, int g
 #pragma unroll
   for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
     const u32 half = (chunk & 1) * BUFFER_BYTES;
-    // The store before the last has read the buffer that comes next.
-    if (thread == 0) stores_wait_read<1>();
+    // The store before the last has read the buffer that comes next; the tile before may have ended
+    // with either buffer.
+    if (thread == 0) {
+      if (chunk) {
+        stores_wait_read<1>();
+      } else {
+        stores_wait_read<0>();
+      }
+    }
     named_barrier(STORING + group, GROUP_THREADS);
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; ++j) {
@@ -498,15 +505,15 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
         for (int p = 0; p < PRODUCTS; ++p) {
           const int o = stage * PRODUCTS + p;
           start_product(sums, metadata[o % 4], stage_tokens, units, p);
-          if (p + 1 < PRODUCTS) {
-            metadata[(o + 1) % 4] = metadata_of(units, p + 1, thread);
-          } else if (stage == 0 || step + 1 < count) {
-            barrier_wait(full + 8 * next_slot, follower / STAGES & 1);
-            metadata[(o + 1) % 4] = metadata_of(stages + next_slot * STAGE_BYTES + own_units, 0, thread);
-          }
+          if (p + 1 < PRODUCTS) metadata[(o + 1) % 4] = metadata_of(units, p + 1, thread);
           products_wait<IN_FLIGHT>();
           // Of the former stage no product is in flight any more.
           if (p == IN_FLIGHT - 1 && speaks && (stage || step)) barrier_arrive(empty + 8 * before);
+          // Only then: the next stage may have to be loaded to where the former one was.
+          if (p + 1 == PRODUCTS && (stage == 0 || step + 1 < count)) {
+            barrier_wait(full + 8 * next_slot, follower / STAGES & 1);
+            metadata[(o + 1) % 4] = metadata_of(stages + next_slot * STAGE_BYTES + own_units, 0, thread);
+          }
         }
         before = slot;
         slot = next_slot;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -31,6 +33,9 @@ class Prepared:
     def __init__(self) -> None:
         self.launches: list[tuple[int, ...]] = []
         self.pinned: set[int] = set()
+        #: Whether captures of other threads were left alone now, and at each launch.
+        self.relaxed = False
+        self.relaxed_at: list[bool] = []
 
     def can_write(self, *arguments: Any) -> bool:
         return False
@@ -38,6 +43,7 @@ class Prepared:
     def step(self, rows: int, *arguments: Any) -> Any:
         def launch(x: int, stride: int, out: int, out_stride: int, *rest: Any) -> None:
             self.launches.append((rows, stride, out_stride))
+            self.relaxed_at.append(self.relaxed)
 
         return launch
 
@@ -66,7 +72,18 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     monkeypatch.setattr(gpu_run, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_run, "kernels_of", lambda index: Kernels)
     problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
-    return gpu_run.GpuRunner(Prepared(), problem, Device("cuda"), ss.PlanOptions())
+    prepared = Prepared()
+
+    @contextlib.contextmanager
+    def relaxed() -> Iterator[None]:
+        prepared.relaxed = True
+        try:
+            yield
+        finally:
+            prepared.relaxed = False
+
+    monkeypatch.setattr(gpu_run, "relaxed_capture", relaxed)
+    return gpu_run.GpuRunner(prepared, problem, Device("cuda"), ss.PlanOptions())
 
 
 def run(runner: gpu_run.GpuRunner, x: Any, out: Any = None, stream: Any = None) -> Any:
@@ -89,6 +106,18 @@ def test_long_runs_are_split(runner: gpu_run.GpuRunner) -> None:
     runner._most_tokens = 256
     run(runner, torch.zeros(600, K))
     assert [rows for rows, *_ in runner._prepared.launches] == [256, 256, 88]
+
+
+def test_first_launches_leave_captures_of_other_threads_alone(runner: gpu_run.GpuRunner) -> None:
+    """They may load code; later ones do not, and must not pay for it."""
+    x = torch.zeros(6, K)
+    for _ in range(3):
+        run(runner, x)
+    assert runner._prepared.relaxed_at == [True, False, False]
+    runner._most_tokens = 4
+    run(runner, x)
+    assert runner._prepared.relaxed_at[3:] == [True, True]
+    assert not runner._prepared.relaxed
 
 
 def test_bad_arrays(runner: gpu_run.GpuRunner) -> None:

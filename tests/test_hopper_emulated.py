@@ -143,13 +143,33 @@ def test_every_tile_is_exact(number: int) -> None:
 
 @pytest.mark.parametrize("uneven", [2, 3, 4])
 @pytest.mark.parametrize(
-    "config", [HopperConfig(16, 1, 2, True), HopperConfig(16, 1, 4, True, 2), HopperConfig(32, 2)]
+    "config",
+    [
+        HopperConfig(16, 1, 2, True),
+        HopperConfig(16, 1, 4, True, 2),
+        HopperConfig(64, 1, 4, True),
+        HopperConfig(32, 2),
+        HopperConfig(208, 2),
+    ],
+    ids=lambda config: config.name,
 )
 def test_warpgroups_may_be_late(config: HopperConfig, uneven: int) -> None:
-    """One sleeps while the others go on to the next tiles, as far as its work lets them."""
+    """One sleeps while the others go on to the next tiles, as far as its work lets them.
+
+    K' is longer than all stages, so that each is used again within a tile.
+    """
     machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=1, uneven=uneven)
     product = Product(np.random.default_rng(6), "int8", 300, 8 * 256 + 48, 35, bias=False)
+    assert product.slid_bytes // 128 > config.stages
     check_product(machine, product, config, "bfloat16", 300)
+
+
+@pytest.mark.parametrize("config", [HopperConfig(64, 1, 4, True), HopperConfig(128, 1, 2, True)])
+def test_nobody_mistakes_an_earlier_use_of_a_stage_for_the_one_awaited(config: HopperConfig) -> None:
+    """Where K' takes several rounds of stages: with a stage that changes hands this fails."""
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=1, uneven=2)
+    product = Product(np.random.default_rng(6), "int8", 70, 24 * 256 + 48, 70, bias=False)
+    check_product(machine, product, config, "bfloat16", 70)
 
 
 @pytest.mark.parametrize("out_type", ["bfloat16", "float32"])

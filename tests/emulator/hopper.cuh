@@ -90,7 +90,8 @@ inline void barrier_arrive_for_bytes(u32 barrier, u32 bytes) {
 }
 inline void barrier_wait(u32 barrier, u32 parity) {
   Mbarrier& held = engine.barriers.at(barrier);
-  while (true) {
+  // A wait that is over at once sees nothing of loads that are still under way, as on hardware.
+  while ((held.phase & 1) == parity) {
     std::vector<Load> loads;
     loads.swap(held.loads);
     for (const Load& load : loads) {
@@ -98,8 +99,7 @@ inline void barrier_wait(u32 barrier, u32 parity) {
       held.bytes -= static_cast<int>(load.bytes.size());
     }
     if (!loads.empty()) settle(held);
-    if ((held.phase & 1) != parity) return;
-    give_way();
+    if ((held.phase & 1) == parity) give_way();
   }
 }
 inline void named_barrier_arrive(u32 name, u32 threads) {

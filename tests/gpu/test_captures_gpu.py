@@ -134,7 +134,7 @@ def beside(captured, work):
         finally:
             finished.set()
 
-    # What earlier tests left (a failed one's frames hold graphs and arrays) goes before the capture:
+    # What earlier tests left (frames of a failed one hold graphs and arrays) goes before it:
     # collected in the middle of it, other libraries' memory would break it.
     gc.collect()
     worker = threading.Thread(target=thread)
