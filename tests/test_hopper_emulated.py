@@ -165,7 +165,9 @@ def test_warpgroups_may_be_late(config: HopperConfig, uneven: int) -> None:
 
 
 @pytest.mark.parametrize("config", [HopperConfig(64, 1, 4, True), HopperConfig(128, 1, 2, True)])
-def test_nobody_mistakes_an_earlier_use_of_a_stage_for_the_one_awaited(config: HopperConfig) -> None:
+def test_nobody_mistakes_an_earlier_use_of_a_stage_for_the_one_awaited(
+    config: HopperConfig,
+) -> None:
     """Where K' takes several rounds of stages: with a stage that changes hands this fails."""
     machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=1, uneven=2)
     product = Product(np.random.default_rng(6), "int8", 70, 24 * 256 + 48, 70, bias=False)
