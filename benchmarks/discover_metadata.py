@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm
+from slidesparse_rt.kernels.hopper import HopperGemm
 from slidesparse_rt.kernels.hopper_layout import unit_bytes
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig
 from slidesparse_rt.kernels.loader import kernels_of
 
 CHANNELS, INPUTS, VALUES = 128, 64, 4096

@@ -29,8 +29,9 @@ from slidesparse_rt.bench.shapes import model
 from slidesparse_rt.bench.sides import BF16, GpuSide, make_weights
 from slidesparse_rt.bench.timing import Gpu, burst, sustained
 from slidesparse_rt.dtypes import operand
-from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, pack_weights, tiling
+from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
 from slidesparse_rt.kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, tiling
 from slidesparse_rt.kernels.launch import Quantizer
 from slidesparse_rt.kernels.loader import kernels_of
 from slidesparse_rt.pattern import Pattern

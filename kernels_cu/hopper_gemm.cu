@@ -55,7 +55,7 @@ constexpr int BOX_BYTES = CHUNK * 128;
 constexpr int BUFFER_BYTES = 64 * BLOCKS / BOX_CHANNELS * BOX_BYTES;
 
 // Shared memory: stages, result buffers, scales of tokens for each warp, sums of warpgroups, barriers,
-// whether this block is the last of a tile.  kernels/hopper.py adds up the same.
+// whether this block is the last of a tile.  kernels/hopper_tiles.py adds up the same.
 constexpr int RESULTS = STAGES * STAGE_BYTES;
 constexpr int SCALES = RESULTS + (BOXES ? GROUPS * 2 * BUFFER_BYTES : 0);
 constexpr int GATHER = SCALES + GROUPS * 4 * TOKENS * 4;

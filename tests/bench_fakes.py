@@ -17,7 +17,7 @@ from slidesparse_rt.bench import clocks, gemm, quantize, record, shapes, timing
 from slidesparse_rt.bench.record import Budget, Record
 from slidesparse_rt.dtypes import array_type
 from slidesparse_rt.kernels import launch as launch_module
-from slidesparse_rt.kernels.catalog import HOPPER_COUNTERS
+from slidesparse_rt.kernels.hopper_tiles import HOPPER_COUNTERS
 from slidesparse_rt.packing import prune
 from slidesparse_rt.packing import quantize as quantize_weight
 from slidesparse_rt.packing.quantize import quantize_tokens

@@ -7,9 +7,10 @@ import struct
 from types import SimpleNamespace
 from typing import Any
 
-from slidesparse_rt.kernels.catalog import HOPPER_SHARED_BYTES, KernelSpec
+from slidesparse_rt.kernels.catalog import KernelSpec
 from slidesparse_rt.kernels.compiler import Resources
 from slidesparse_rt.kernels.hopper import _GEMM_ARGUMENTS
+from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES
 from slidesparse_rt.kernels.loader import Cuda, DeviceLimits, Kernel
 
 

@@ -10,7 +10,7 @@ from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels import catalog
 from slidesparse_rt.kernels.catalog import KernelSpec
 from slidesparse_rt.kernels.compiler import Compiler, default_directory
-from slidesparse_rt.kernels.hopper import HopperConfig, configurations
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, configurations
 
 DTYPES = ("int8", "fp8_e4m3", "bf16", "fp16")
 OUT_TYPES = ("float32", "float16", "bfloat16")

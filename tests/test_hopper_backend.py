@@ -16,9 +16,9 @@ from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.backends.hopper import HopperBackend, HopperPrepared
 from slidesparse_rt.dtypes import array_type, operand
 from slidesparse_rt.errors import LibraryError
-from slidesparse_rt.kernels.catalog import HOPPER_SHARED_BYTES
-from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS, configurations, tiling
+from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS
 from slidesparse_rt.kernels.hopper_layout import packed_bytes
+from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES, configurations, tiling
 
 N, K = 1000, 4100
 OPTIONS = ss.PlanOptions()

@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse_rt.dtypes import operand
-from slidesparse_rt.kernels import catalog
+from slidesparse_rt.kernels import catalog, hopper_tiles
 from slidesparse_rt.kernels.compiler import read_source
-from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, configurations, tiling
+from slidesparse_rt.kernels.hopper import HopperGemm
 from slidesparse_rt.kernels.hopper_layout import PANEL_ROWS
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, configurations, tiling
 
 CONFIGS = shipped()
 SOURCE = read_source("hopper_gemm.cu")
@@ -94,7 +95,7 @@ def test_shared_memory_is_what_the_kernel_adds_up(config, constants):
             of = constants[config.name, dtype, out_type]
             # Two barriers of 8 bytes a stage, and the word that tells the last block of a tile.
             used = of["BARRIERS"] + 16 * config.stages + 4
-            assert used <= config.shared_bytes <= catalog.HOPPER_SHARED_BYTES
+            assert used <= config.shared_bytes <= hopper_tiles.HOPPER_SHARED_BYTES
             assert of["STAGE_BYTES"] <= config.stage_bytes
             if operand(dtype).bits == 8:
                 assert of["STAGE_BYTES"] == config.stage_bytes
@@ -196,7 +197,7 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         if config.splits == 1:
             assert (cut.partial_bytes, cut.counters) == (0, 0)
         else:
-            assert cut.counters == cut.tiles <= catalog.HOPPER_COUNTERS
+            assert cut.counters == cut.tiles <= hopper_tiles.HOPPER_COUNTERS
             assert cut.partial_bytes == (
                 cut.tiles * config.splits * 4 * config.rows * config.tokens
             )

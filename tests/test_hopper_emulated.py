@@ -16,9 +16,9 @@ from hopper_cases import DTYPES, OUT_TYPES, shipped
 from kernel_checks import POISON
 
 from slidesparse_rt.dtypes import array_type, operand
-from slidesparse_rt.kernels.catalog import HOPPER_SHARED_BYTES
-from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, tiling
+from slidesparse_rt.kernels.hopper import HopperGemm
 from slidesparse_rt.kernels.hopper_layout import pack
+from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES, HopperConfig, tiling
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 

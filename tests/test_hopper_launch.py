@@ -9,7 +9,8 @@ from hopper_cases import DTYPES, OUT_TYPES, spec_of
 from slidesparse_rt.errors import LibraryError, OptionError, ShapeError
 from slidesparse_rt.kernels import catalog, hopper
 from slidesparse_rt.kernels.compiler import read_source
-from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, pack_weights, tiling
+from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, tiling
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..dtypes import ArrayType
-from ..kernels.hopper import HopperConfig, HopperGemm, configurations, pack_weights, tiling
+from ..kernels.hopper import HopperGemm, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
+from ..kernels.hopper_tiles import HopperConfig, configurations, tiling
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support

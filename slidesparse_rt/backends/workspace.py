@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 
 from ..errors import CaptureError, PlanClosed
-from ..kernels.catalog import HOPPER_COUNTERS
+from ..kernels.hopper_tiles import HOPPER_COUNTERS
 from .gpu_device import Buffer, GpuDevice, is_capturing
 
 __all__ = ["COUNTER_BYTES", "Workspace"]

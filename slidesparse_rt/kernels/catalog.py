@@ -14,12 +14,11 @@ from typing import Any
 from ..dtypes import ARRAY_TYPES, OPERANDS, array_type, operand
 from ..errors import DTypeError, OptionError
 from ..pattern import PATTERNS, WINDOW, Pattern
+from .hopper_tiles import configurations
 
 __all__ = [
     "ARCHITECTURES",
     "FORMATS",
-    "HOPPER_COUNTERS",
-    "HOPPER_SHARED_BYTES",
     "QUANTIZE_VECTORS",
     "KernelSpec",
     "catalogue",
@@ -287,12 +286,6 @@ def weights(entry: str, dtype: str, pattern: Pattern) -> KernelSpec:
     )
 
 
-#: Dynamic shared memory that a block of hopper_gemm may take.
-HOPPER_SHARED_BYTES = 227 * 1024
-#: Tiles of which blocks can share K': each needs a counter (backends/workspace.py has the memory).
-HOPPER_COUNTERS = 2048
-
-
 def hopper_gemm(
     dtype: str,
     out_type: str,
@@ -313,7 +306,7 @@ def hopper_gemm(
     out_type:
         "float32", "float16" or "bfloat16".
     tokens, blocks, groups, k_groups, splits:
-        See :class:`slidesparse_rt.kernels.hopper.HopperConfig`.
+        See :class:`slidesparse_rt.kernels.hopper_tiles.HopperConfig`.
     stages:
         Stages of tokens in shared memory.
     """
@@ -396,8 +389,6 @@ def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
 
 def _hopper_settings() -> list[dict[str, Any]]:
     """How hopper_gemm is compiled for each configuration that is timed for some product."""
-    from .hopper import configurations  # that module asks this one
-
     found: dict[tuple[object, ...], dict[str, Any]] = {}
     # Token buckets, from the fewest to those of prefills; few channels and a long K', so that
     # nothing is ruled out and K' is worth sharing.

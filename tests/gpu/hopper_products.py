@@ -8,8 +8,9 @@ import numpy as np
 from kernel_checks import POISON
 
 from slidesparse_rt.dtypes import operand
-from slidesparse_rt.kernels.hopper import HopperConfig, HopperGemm, pack_weights, tiling
+from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
 from slidesparse_rt.kernels.hopper_layout import packed_bytes
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, tiling
 from slidesparse_rt.kernels.loader import kernels_of
 
 from .kernel_machine import Memory

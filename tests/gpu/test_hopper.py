@@ -15,8 +15,14 @@ from kernel_checks import check_hopper_pack
 import slidesparse_rt as ss
 from slidesparse_rt.backends import hopper
 from slidesparse_rt.backends.workspace import COUNTER_BYTES
-from slidesparse_rt.kernels.catalog import HOPPER_COUNTERS, hopper_pack
-from slidesparse_rt.kernels.hopper import HopperConfig, configurations, pack_weights, tiling
+from slidesparse_rt.kernels.catalog import hopper_pack
+from slidesparse_rt.kernels.hopper import pack_weights
+from slidesparse_rt.kernels.hopper_tiles import (
+    HOPPER_COUNTERS,
+    HopperConfig,
+    configurations,
+    tiling,
+)
 from slidesparse_rt.kernels.loader import kernels_of
 
 from .common import ON_HOPPER, assert_near, assert_same, data, reference, to_host, to_torch, weight

@@ -1,0 +1,197 @@
+"""How hopper_gemm.cu cuts a product into tiles: arithmetic, the same with and without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES, unit_bytes
+
+__all__ = [
+    "GROUP_THREADS",
+    "HOPPER_COUNTERS",
+    "HOPPER_SHARED_BYTES",
+    "HopperConfig",
+    "Tiling",
+    "configurations",
+    "tiling",
+]
+
+#: Dynamic shared memory that a block of hopper_gemm may take.
+HOPPER_SHARED_BYTES = 227 * 1024
+#: Tiles of which blocks can share K': each needs a counter (backends/workspace.py has the memory).
+HOPPER_COUNTERS = 2048
+#: Threads of a warpgroup.
+GROUP_THREADS = 128
+#: Shared memory that stages start at a multiple of.
+_STAGE_ALIGNMENT = 1024
+_MOST_STAGES = 16
+#: Tokens of tiles where there are few, up to so many; and up to how many K' may be split.
+_LOW_TILES = (16, 32, 64, 128)
+_HIGH_TILES = (128, 160, 192, 208)
+_FEW_TOKENS = 128
+_MANY_TOKENS = 1024
+_MOST_SPLITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HopperConfig:
+    """How hopper_gemm cuts a product.
+
+    Attributes
+    ----------
+    tokens:
+        Tokens of a tile.
+    blocks:
+        Blocks of 64 channels of a warpgroup: 1 or 2.
+    groups:
+        Warpgroups that multiply: 2 or 4.
+    k_groups:
+        Whether they share the channels of a tile and take turns at K', instead of having channels
+        of their own.
+    splits:
+        Blocks of threads that share a tile, each with a part of K'.
+    tile_group:
+        Tiles of channels that are worked on side by side, for the sake of L2.
+    """
+
+    tokens: int
+    blocks: int
+    groups: int = 2
+    k_groups: bool = False
+    splits: int = 1
+    tile_group: int = 8
+
+    @property
+    def rows(self) -> int:
+        """Channels of a tile."""
+        return 64 * self.blocks * (1 if self.k_groups else self.groups)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the warpgroups that multiply and the one that loads."""
+        return (self.groups + 1) * GROUP_THREADS
+
+    @property
+    def gather_bytes(self) -> int:
+        """Shared memory in which warpgroups add up their sums."""
+        if not self.k_groups:
+            return 0
+        return (self.groups - 1) * self.blocks * self.tokens // 2 * GROUP_THREADS * 4
+
+    @property
+    def extra_bytes(self) -> int:
+        """Shared memory beside the stages: results, token scales, sums, barriers."""
+        # Two buffers a warpgroup, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
+        results = self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
+        barriers = _MOST_STAGES * 16 + 16
+        return results + self.groups * 4 * self.tokens * 4 + self.gather_bytes + barriers
+
+    @property
+    def stages(self) -> int:
+        """Stages that shared memory holds beside that, at most 16.
+
+        Where warpgroups take turns at steps of two stages, a whole number of rounds: each stage
+        then always belongs to the same warpgroup.  A barrier tells only even from odd uses of a
+        stage, so one that waits must have seen the use before.
+        """
+        room = HOPPER_SHARED_BYTES - self.extra_bytes
+        fitting = min(_MOST_STAGES, room // self.stage_bytes)
+        turn = 2 * self.groups if self.k_groups else 1
+        return fitting // turn * turn
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of a stage: tokens and weights (of 8 bits, which have more metadata)."""
+        units = self.rows // 64 * unit_bytes(1)
+        return self.tokens * STAGE_BYTES + -(-units // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT
+
+    def chunk(self, out_bytes: int) -> int:
+        """Tokens whose results of ``out_bytes`` each leave shared memory together."""
+        return 16 if self.tokens % 32 or out_bytes == 4 else 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.stages * self.stage_bytes + self.extra_bytes
+
+    @property
+    def name(self) -> str:
+        """For people: channels x tokens of a tile, and how K' is shared."""
+        shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
+        split = f", {self.splits} blocks share K'" if self.splits > 1 else ""
+        return f"{self.rows}x{self.tokens}{shared}{split}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """A product cut by a configuration.
+
+    Attributes
+    ----------
+    weight_tiles, token_tiles:
+        Tiles along N and along M.
+    partial_bytes:
+        Memory for the sums of blocks that share a tile; 0 where none do.
+    counters:
+        How many 32-bit counters, zero before the first launch, they need.
+    """
+
+    weight_tiles: int
+    token_tiles: int
+    partial_bytes: int
+    counters: int
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the product."""
+        return self.weight_tiles * self.token_tiles
+
+
+def tiling(config: HopperConfig, n: int, tokens: int) -> Tiling:
+    """Cut a product of ``n`` channels and ``tokens`` tokens."""
+    # Channels of a panel alternate between its two blocks of 64, so both are there even if few are.
+    rows = -(-n // PANEL_ROWS) * PANEL_ROWS
+    weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
+    tiles = weight_tiles * token_tiles
+    split = config.splits > 1
+    partial = tiles * config.splits * config.rows * config.tokens * 4 if split else 0
+    return Tiling(weight_tiles, token_tiles, partial, tiles if split else 0)
+
+
+def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[HopperConfig]:
+    """Configurations worth timing for ``n`` channels and ``tokens`` tokens, at least one.
+
+    Few tokens are limited by reading the weight, so tiles are low and K' is shared until every
+    multiprocessor reads; many tokens by shared memory, so tiles are as large as registers allow.
+    """
+    steps = slid_bytes // STEP_BYTES
+    if tokens <= _FEW_TOKENS:
+        width = next(size for size in _LOW_TILES if size >= tokens)
+        found = [HopperConfig(width, 1, 2, True), HopperConfig(width, 1, 2, True, 2)]
+        if width < _FEW_TOKENS:
+            found += [HopperConfig(width, 1, 4, True), HopperConfig(width, 1, 4, True, 2)]
+        if tokens > _LOW_TILES[0]:
+            found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
+    elif tokens <= _MANY_TOKENS:
+        found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
+        for width in _HIGH_TILES[:-1]:
+            found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
+        # With K' split, the highest would spill registers.
+        found.append(HopperConfig(_HIGH_TILES[-1], 2))
+    else:
+        found = [HopperConfig(width, 2) for width in _HIGH_TILES]
+        found += [HopperConfig(width, 2, tile_group=16) for width in _HIGH_TILES[-2:]]
+    turns = [config.groups if config.k_groups else 1 for config in found]
+    able = [
+        config
+        for config, turn in zip(found, turns, strict=True)
+        if steps // config.splits >= turn and tiling(config, n, tokens).counters <= HOPPER_COUNTERS
+    ]
+    return able or [HopperConfig(128, 2)]
+
+
+def _shared(config: HopperConfig, n: int, tokens: int, sm_count: int) -> list[HopperConfig]:
+    """``config``, and with K' split so that its tiles fill the multiprocessors about once."""
+    tiles = tiling(config, n, tokens).tiles
+    splits = min(_MOST_SPLITS, sm_count // tiles)
+    return [config] if splits < 2 else [config, replace(config, splits=splits)]
