@@ -33,16 +33,7 @@ def shipped() -> list[HopperConfig]:
 
 def spec_of(config: HopperConfig, dtype: str, out_type: str) -> KernelSpec:
     """The kernel of a configuration."""
-    return catalog.hopper_gemm(
-        dtype,
-        out_type,
-        tokens=config.tokens,
-        blocks=config.blocks,
-        groups=config.groups,
-        k_groups=config.k_groups,
-        stages=config.stages,
-        splits=config.splits > 1,
-    )
+    return catalog.hopper_gemm(dtype, out_type, **config.settings)
 
 
 def pairs() -> list[tuple[HopperConfig, str, str]]:

@@ -394,14 +394,7 @@ def _hopper_settings() -> list[dict[str, Any]]:
     # nothing is ruled out and K' is worth sharing.
     for tokens in (1 << power for power in range(4, 15)):
         for config in configurations(128, 1 << 16, tokens, 132):
-            settings = {
-                "tokens": config.tokens,
-                "blocks": config.blocks,
-                "groups": config.groups,
-                "k_groups": config.k_groups,
-                "stages": config.stages,
-                "splits": config.splits > 1,
-            }
+            settings = config.settings
             found[tuple(settings.values())] = settings
     return list(found.values())
 

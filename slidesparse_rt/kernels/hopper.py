@@ -105,16 +105,7 @@ class HopperGemm:
         self._tokens, self._row_bytes, self._box = tokens, row_bytes, config.tokens
         self._out_bytes = array_type(out_type).bits // 8
         self._n = n
-        spec = catalog.hopper_gemm(
-            operand(dtype).name,
-            out_type,
-            tokens=config.tokens,
-            blocks=config.blocks,
-            groups=config.groups,
-            k_groups=config.k_groups,
-            stages=config.stages,
-            splits=config.splits > 1,
-        )
+        spec = catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
         blocks = min(cut.tiles * config.splits, kernels.limits.sm_count)
         self._call = _MapLaunch(kernels.cuda, self.kernel, _GEMM_ARGUMENTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES, unit_bytes
 
@@ -113,6 +114,18 @@ class HopperConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return self.stages * self.stage_bytes + self.extra_bytes
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the kernel is compiled with: arguments of :func:`.catalog.hopper_gemm`."""
+        return {
+            "tokens": self.tokens,
+            "blocks": self.blocks,
+            "groups": self.groups,
+            "k_groups": self.k_groups,
+            "stages": self.stages,
+            "splits": self.splits > 1,
+        }
 
     @property
     def name(self) -> str:
