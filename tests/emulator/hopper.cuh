@@ -79,14 +79,17 @@ inline void barrier_init(u32 barrier, u32 arrivals) {
   engine.barriers[barrier] = fresh;
 }
 inline void barrier_init_done() {}
+inline void arrive(Mbarrier& barrier) {
+  if (--barrier.missing < 0) complain("too many arrivals at a barrier");
+  settle(barrier);
+}
 inline void barrier_arrive(u32 barrier) {
-  Mbarrier& held = engine.barriers.at(barrier);
-  if (--held.missing < 0) complain("too many arrivals at a barrier");
-  settle(held);
+  arrive(engine.barriers.at(barrier));
+  give_way();  // whoever waited may go on before this thread does anything else
 }
 inline void barrier_arrive_for_bytes(u32 barrier, u32 bytes) {
   engine.barriers.at(barrier).bytes += static_cast<int>(bytes);
-  barrier_arrive(barrier);
+  arrive(engine.barriers.at(barrier));
 }
 inline void barrier_wait(u32 barrier, u32 parity) {
   Mbarrier& held = engine.barriers.at(barrier);
