@@ -336,6 +336,7 @@ def _remember(routes: dict[Hashable, Any], key: Hashable, route: Any) -> None:
 def _most_tokens(prepared: GpuPrepared, limit: int) -> int:
     """Tokens whose workspace stays within ``limit`` bytes, by the layout without scratch."""
     operand = prepared.weight.operand
-    a_token = prepared.row_length * operand.bits // 8 + 4 + prepared.padded_n * 4
+    sums = 0 if prepared.always_direct else prepared.padded_n * 4
+    a_token = prepared.row_length * operand.bits // 8 + 4 + sums
     # Kernels count tokens in 32 bits.
     return min(2**31 - 2 * _SPLIT, max(_SPLIT, limit // a_token // _SPLIT * _SPLIT))

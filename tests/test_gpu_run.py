@@ -29,6 +29,7 @@ class Prepared:
 
     weight = SimpleNamespace(operand=operand("int8"))
     row_length, padded_n = 32, 32
+    always_direct = False
 
     def __init__(self) -> None:
         self.launches: list[tuple[int, ...]] = []

@@ -32,6 +32,8 @@ _HIGH_TILES = (128, 160, 192, 208)
 _FEW_TOKENS = 128
 _MANY_TOKENS = 1024
 _MOST_SPLITS = 8
+#: Tiles of channels side by side, unless something else was faster.
+_BESIDE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class HopperConfig:
     groups: int = 2
     k_groups: bool = False
     splits: int = 1
-    tile_group: int = 8
+    tile_group: int = _BESIDE
 
     @property
     def rows(self) -> int:
@@ -132,7 +134,8 @@ class HopperConfig:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
         split = f", {self.splits} blocks share K'" if self.splits > 1 else ""
-        return f"{self.rows}x{self.tokens}{shared}{split}"
+        beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
+        return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
 
 
 @dataclass(frozen=True, slots=True)
