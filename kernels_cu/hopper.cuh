@@ -37,8 +37,8 @@ SS_DEVICE void barrier_wait(u32 barrier, u32 parity) {
       "{\n.reg .pred done;\n"
       "WAIT:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni DONE;\n"
-      "bra.uni WAIT;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
       "DONE:\n}\n"
       :
       : "r"(barrier), "r"(parity)
@@ -145,5 +145,6 @@ SS_DEVICE uint2 shared_load8(u32 address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
-SS_DEVICE u32 atomic_next(u32* address) { return atomicAdd(address, 1u); }
+// What was there; one more is there then, or 0 after `most`.
+SS_DEVICE u32 atomic_next(u32* address, u32 most) { return atomicInc(address, most); }
 SS_DEVICE void fence_device() { __threadfence(); }

@@ -203,9 +203,12 @@ SS_DEVICE bool gather_splits(Sums& sums, const Item& item, int group, int thread
   fence_device();
   named_barrier(PART_WRITTEN, WORKERS * GROUP_THREADS);
   if (group == 0 && thread == 0) {
-    const u32 before = atomic_next(arrived + tile);
-    *last = before + 1 == static_cast<u32>(shape.splits);
-    if (*last) arrived[tile] = 0;
+    // All threads' parts before the count, and the count before others' parts.  It is zero again after
+    // the last, at once, so that launches that should not have met leave no trace in it.
+    const u32 most = shape.splits - 1;
+    fence_device();
+    *last = atomic_next(arrived + tile, most) == most;
+    fence_device();
   }
   named_barrier(PART_KNOWN, WORKERS * GROUP_THREADS);
   if (!*last) return false;
@@ -431,6 +434,7 @@ SS_DEVICE void write_tile(const Sums& sums, const TokenScales& held, u32 own_sca
       store_directly<false>(sums, scales, first, channel, left, shape, to);
     }
   }
+  __syncwarp();  // the warp goes on as one: products need it
 }
 
 // --- the kernel -----------------------------------------------------------------------------------

@@ -254,8 +254,8 @@ class SparseGemmPlan:
             Type of the activations to come.
         stream:
             As in :meth:`run`, and the one that will be captured; ``None`` is the legacy default
-            stream, which cannot be.  Graphs that were captured on one stream share its workspace:
-            replay them one after the other.
+            stream, which cannot be.  Graphs that were captured on one stream share its workspace,
+            with each other and with runs on it: let no two of them run at a time.
 
         Raises
         ------

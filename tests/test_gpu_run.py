@@ -239,7 +239,10 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
             self.open = False
 
     cleared: list[tuple[int, int, int]] = []
-    device: Any = SimpleNamespace(allocate=Block, clear=lambda *call: cleared.append(call))
+    waited: list[int] = []
+    device: Any = SimpleNamespace(
+        allocate=Block, clear=lambda *call: cleared.append(call), synchronize=waited.append
+    )
     held = Workspace(device)
     first = held.address(100, 5, 1)
     # Counters lie before it, inside the block, and are zero once: launches leave them so.
@@ -251,6 +254,8 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held.address(200, 5, 2) != first
     assert held.nbytes == 250 + 2 * COUNTER_BYTES
     assert cleared[1:] == [(2 << 20, COUNTER_BYTES, 6), (3 << 20, COUNTER_BYTES, 5)]
+    # Before anyone uses them: a graph captured here may be replayed on another stream.
+    assert waited == [5, 6, 5]
     capturing.add(5)
     captured = held.address(200, 5, 2)
     with pytest.raises(ss.CaptureError, match=r"prepare\(tokens=\[9\]"):

@@ -15,7 +15,7 @@ from slidesparse_rt.backends import Problem, hopper
 from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.backends.hopper import HopperBackend, HopperPrepared
 from slidesparse_rt.dtypes import array_type, operand
-from slidesparse_rt.errors import LibraryError
+from slidesparse_rt.errors import DeviceMemoryError, LibraryError
 from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS
 from slidesparse_rt.kernels.hopper_layout import packed_bytes
 from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES, configurations, tiling
@@ -266,6 +266,21 @@ def test_memory_for_timing_is_given_back_where_timing_fails(
         made.make_product(16, array_type("bfloat16"), STREAM)
     assert Memory.held == held
     assert machine.gpu.choices == {}
+
+
+def test_where_there_is_no_memory_for_timing_the_run_goes_on(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(machine)
+
+    def exhausted(*arguments: Any, **options: Any) -> int:
+        raise DeviceMemoryError("no bytes left")
+
+    monkeypatch.setattr(hopper, "fastest", exhausted)
+    product = made.make_product(1024, array_type("bfloat16"), STREAM)
+    first = configurations(N, made._slid_bytes, 1024, machine.gpu.sm_count)[0]
+    assert product._gemm.tiling == tiling(first, N, 1024)
+    assert machine.gpu.choices == {}  # timed the next time
 
 
 @pytest.mark.parametrize("out_type", OUT_TYPES)

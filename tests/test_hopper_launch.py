@@ -10,7 +10,7 @@ from slidesparse_rt.errors import LibraryError, OptionError, ShapeError
 from slidesparse_rt.kernels import catalog, hopper
 from slidesparse_rt.kernels.compiler import read_source
 from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
-from slidesparse_rt.kernels.hopper_tiles import HopperConfig, tiling
+from slidesparse_rt.kernels.hopper_tiles import HOPPER_COUNTERS, HopperConfig, tiling
 
 
 @pytest.fixture
@@ -193,6 +193,14 @@ def test_k_is_not_shared_by_more_than_it_has_steps(kernels, config, steps, times
     )
     longer = (256 * times, 256 * times, 1)
     HopperGemm(kernels, "int8", "float32", 64, *longer, config)
+
+
+def test_tiles_that_blocks_share_have_counters(kernels):
+    config = HopperConfig(128, 2, splits=2)
+    tokens = 128 * HOPPER_COUNTERS
+    HopperGemm(kernels, "int8", "float32", 64, 512, 512, tokens, config)
+    with pytest.raises(OptionError, match=r"shares 2049 tiles among blocks; allowed are 2048"):
+        HopperGemm(kernels, "int8", "float32", 64, 512, 512, tokens + 1, config)
 
 
 def test_products_that_kernels_cannot_count_are_refused(kernels):

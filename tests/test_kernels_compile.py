@@ -34,6 +34,7 @@ from slidesparse_rt.kernels.compiler import (
     read_source,
 )
 from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig
 from slidesparse_rt.kernels.loader import KernelCache
 from slidesparse_rt.pattern import PATTERNS, Pattern
 
@@ -76,6 +77,14 @@ def test_every_kernel_compiles_for_every_architecture(nvrtc, architecture, part)
 def test_every_kernel_of_one_architecture_compiles_for_it(nvrtc, part):
     """About a second each."""
     examine(nvrtc, [spec for spec in catalogue() if spec.exact][part::HOPPER_PARTS], "sm_90a")
+
+
+@pytest.mark.parametrize("width", [128, 208])
+def test_warpgroups_that_trade_registers_start_with_an_even_share(nvrtc, width):
+    """168 for each of 384 threads are what 24 and twice 240 for 128 come to: fewer would hang."""
+    config = HopperConfig(width, 2)
+    spec = catalog.hopper_gemm("int8", "bfloat16", **config.settings)
+    assert Compiler(library=nvrtc).compile(spec, "sm_90a").entries[spec.entry].registers == 168
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..dtypes import ArrayType
+from ..errors import DeviceMemoryError
 from ..kernels.hopper import HopperGemm, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
 from ..kernels.hopper_tiles import HopperConfig, configurations, tiling
@@ -147,13 +148,20 @@ class HopperPrepared(GpuPrepared):
         with self.device.lock:
             found = self.device.choices.get(key)
             if found is None:
-                found = self.device.choices[key] = self._timed(bucket, kind, stream)
+                try:
+                    found = self.device.choices[key] = self._timed(bucket, kind, stream)
+                except DeviceMemoryError:
+                    # Timing takes operands for the whole bucket; the run itself may still fit.
+                    found = self._promising(bucket)[0]
         config: HopperConfig = found
         return config
 
+    def _promising(self, bucket: int) -> list[HopperConfig]:
+        return configurations(self.weight.n, self._slid_bytes, bucket, self.device.sm_count)
+
     def _timed(self, bucket: int, kind: ArrayType, stream: int) -> HopperConfig:
         device, operand, n = self.device, self.weight.operand, self.weight.n
-        promising = configurations(n, self._slid_bytes, bucket, device.sm_count)
+        promising = self._promising(bucket)
         if len(promising) == 1:
             return promising[0]
         cuts = [tiling(config, n, bucket) for config in promising]

@@ -82,6 +82,8 @@ class Workspace:
             )
         larger = self.device.allocate(nbytes + COUNTER_BYTES)
         self.device.clear(larger.pointer, COUNTER_BYTES, stream)
+        # A graph that is captured on this stream may be replayed on another.
+        self.device.synchronize(stream)
         self._blocks[stream] = larger
         if block is not None:
             if stream in self._captured:

@@ -14,7 +14,7 @@ from ..errors import OptionError, ShapeError
 from . import catalog
 from .geometry import MAX_INT
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES
-from .hopper_tiles import GROUP_THREADS, HopperConfig, tiling
+from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, HopperConfig, tiling
 from .launch import Launch
 from .loader import Cuda, Kernel, KernelCache
 
@@ -99,8 +99,13 @@ class HopperGemm:
                 f"bytes; use a configuration that shares it less"
             )
         cut = tiling(config, n, tokens)
-        if cut.tiles * config.splits > MAX_INT // 2 or tokens > MAX_INT - config.tokens:
+        if cut.tiles * config.splits > MAX_INT // 2 or tokens > MAX_INT - 256:
             raise ShapeError(f"{tokens} tokens by {n} channels are too many for one launch")
+        if cut.counters > HOPPER_COUNTERS:
+            raise OptionError(
+                f"{config.name} shares {cut.counters} tiles among blocks; allowed are "
+                f"{HOPPER_COUNTERS}: use a configuration that does not split K'"
+            )
         self.tiling = cut
         self._tokens, self._row_bytes, self._box = tokens, row_bytes, config.tokens
         self._out_bytes = array_type(out_type).bits // 8

@@ -238,5 +238,9 @@ inline uint2 shared_load8(u32 address) {
   std::memcpy(&v, shared_at(address, 8), 8);
   return v;
 }
-inline u32 atomic_next(u32* address) { return (*address)++; }
+inline u32 atomic_next(u32* address, u32 most) {
+  const u32 before = *address;
+  *address = before >= most ? 0 : before + 1;
+  return before;
+}
 inline void fence_device() {}
