@@ -15,7 +15,7 @@ from . import catalog
 from .geometry import MAX_INT
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES
 from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, HopperConfig, tiling
-from .launch import Launch
+from .launch import Launch, argument_offsets
 from .loader import Cuda, Kernel, KernelCache
 
 __all__ = ["HOPPER_PACK_ARGUMENTS", "HopperGemm", "pack_weights"]
@@ -92,11 +92,10 @@ class HopperGemm:
                 f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of "
                 f"{STEP_BYTES} and of 16, the second not larger than the first"
             )
-        turns = config.splits * (config.groups if config.k_groups else 1)
-        if turns > 1 and steps // config.splits < (config.groups if config.k_groups else 1):
+        if steps // config.splits < config.turns:
             raise OptionError(
-                f"{config.name} shares K' {turns} times, but it has {steps} steps of {STEP_BYTES} "
-                f"bytes; use a configuration that shares it less"
+                f"{config.name} shares K' {config.splits * config.turns} times, but it has {steps} "
+                f"steps of {STEP_BYTES} bytes; use a configuration that shares it less"
             )
         cut = tiling(config, n, tokens)
         if cut.tiles * config.splits > MAX_INT // 2 or tokens > MAX_INT - 256:
@@ -302,11 +301,8 @@ class _MapLaunch:
         self._function = kernel.function
         self._values = ctypes.create_string_buffer(struct.calcsize(layout))
         start = ctypes.addressof(self._values)
-        offsets = [
-            struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)
-        ]
         self._pointers = (ctypes.c_void_p * (2 + len(layout)))(
-            None, None, *(start + offset for offset in offsets)
+            None, None, *(start + offset for offset in argument_offsets(layout))
         )
         self._maps: tuple[_TensorMap, _TensorMap] | None = None
         self._pack = struct.Struct(layout).pack_into

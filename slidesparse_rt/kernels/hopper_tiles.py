@@ -70,6 +70,11 @@ class HopperConfig:
         return 64 * self.blocks * (1 if self.k_groups else self.groups)
 
     @property
+    def turns(self) -> int:
+        """Warpgroups that take turns at K': of every so many steps, one has one."""
+        return self.groups if self.k_groups else 1
+
+    @property
     def threads(self) -> int:
         """Threads of a block: the warpgroups that multiply and the one that loads."""
         return (self.groups + 1) * GROUP_THREADS
@@ -99,8 +104,8 @@ class HopperConfig:
         """
         room = HOPPER_SHARED_BYTES - self.extra_bytes
         fitting = min(_MOST_STAGES, room // self.stage_bytes)
-        turn = 2 * self.groups if self.k_groups else 1
-        return fitting // turn * turn
+        unit = 2 * self.turns if self.k_groups else 1
+        return fitting // unit * unit
 
     @property
     def stage_bytes(self) -> int:
@@ -197,11 +202,11 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     else:
         found = [HopperConfig(width, 2) for width in _HIGH_TILES]
         found += [HopperConfig(width, 2, tile_group=16) for width in _HIGH_TILES[-2:]]
-    turns = [config.groups if config.k_groups else 1 for config in found]
     able = [
         config
-        for config, turn in zip(found, turns, strict=True)
-        if steps // config.splits >= turn and tiling(config, n, tokens).counters <= HOPPER_COUNTERS
+        for config in found
+        if steps // config.splits >= config.turns
+        and tiling(config, n, tokens).counters <= HOPPER_COUNTERS
     ]
     return able or [HopperConfig(128, 2)]
 

@@ -34,6 +34,7 @@ __all__ = [
     "Findings",
     "Quantizer",
     "WeightKernels",
+    "argument_offsets",
     "dequantize_tiles",
     "dequantizer",
     "quantizer",
@@ -538,16 +539,20 @@ def weight_kernels(device: HasIndex, dtype: str, pattern: Pattern) -> WeightKern
 # --- the call -------------------------------------------------------------------------------------
 
 
+def argument_offsets(layout: str) -> list[int]:
+    """Where each argument of a kernel lies, in bytes, packed as :mod:`struct` does."""
+    return [struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)]
+
+
 class _Frame(threading.local):
     """A thread's own memory for the arguments of one kernel."""
 
     def __init__(self, layout: str) -> None:
-        offsets = [
-            struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)
-        ]
         self.values = ctypes.create_string_buffer(struct.calcsize(layout))
         start = ctypes.addressof(self.values)
-        self.addresses = (ctypes.c_void_p * len(layout))(*(start + offset for offset in offsets))
+        self.addresses = (ctypes.c_void_p * len(layout))(
+            *(start + offset for offset in argument_offsets(layout))
+        )
 
 
 class Launch:
