@@ -283,8 +283,8 @@ def test_a_thread_has_one_handle_per_device_and_library() -> None:
     assert dense.names() == ["cublasLtCreate"]
 
 
-def test_threads_do_not_share_handles_and_take_them_along() -> None:
-    pool, sparse, _ = fake_pool()
+def test_threads_that_live_at_once_do_not_share_handles() -> None:
+    pool, _, _ = fake_pool()
     mine = pool.cusparselt(0)
     ready = threading.Barrier(4)
     addresses: list[int] = []
@@ -302,10 +302,32 @@ def test_threads_do_not_share_handles_and_take_them_along() -> None:
     for thread in threads:
         thread.join()
     assert len({*addresses, mine.address}) == 5
-    assert sorted(sparse.destroyed()) == sorted(
-        ("cusparseLtDestroy", address) for address in addresses
-    )
     assert not mine.closed
+
+
+def test_a_thread_that_ends_leaves_its_handles_to_the_next() -> None:
+    """Destroying one would wait for the device, in the middle of another thread's capture."""
+    pool, sparse, dense = fake_pool()
+
+    def both() -> tuple[int, int, int]:
+        return pool.cusparselt(0).address, pool.cusparselt(1).address, pool.cublaslt(0).address
+
+    first = in_thread(both)
+    assert sparse.destroyed() == dense.destroyed() == []
+    for _ in range(3):
+        assert in_thread(both) == first
+    assert both() == first
+    assert in_thread(both) != first  # this thread has them now
+    assert (len(sparse.names()), len(dense.names())) == (4, 2)
+    pool.close()
+    assert (len(sparse.destroyed()), len(dense.destroyed())) == (4, 2)
+
+
+def test_a_closed_handle_is_not_left_to_others() -> None:
+    pool, sparse, _ = fake_pool()
+    in_thread(lambda: pool.cusparselt(0).close())
+    assert not pool.cusparselt(0).closed
+    assert sparse.names() == ["cusparseLtInit", "cusparseLtDestroy", "cusparseLtInit"]
 
 
 def test_what_a_thread_made_outlives_it() -> None:
@@ -313,6 +335,7 @@ def test_what_a_thread_made_outlives_it() -> None:
     matrix = in_thread(
         lambda: cusparselt.MatDescriptor(pool.cusparselt(0), 64, 32, 64, DataType.I8)
     )
+    pool.close()
     assert sparse.destroyed() == []
     assert matrix.compressed_size() == (5000, 6000)
     matrix.close()

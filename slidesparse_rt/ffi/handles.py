@@ -1,4 +1,4 @@
-"""One cuSPARSELt and one cuBLASLt handle per device and thread.
+"""One cuSPARSELt and one cuBLASLt handle per device and thread at work.
 
 Library handles bind to the device that is current when they are made, and cuSPARSELt's may be used
 by one call at a time; with a handle per (device, thread) no thread ever waits for another::
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
@@ -23,19 +25,58 @@ __all__ = ["SHARED", "HandlePool", "cublaslt_handle", "cusparselt_handle"]
 _HandleT = TypeVar("_HandleT", bound=Resource)
 
 
-class _Mine(threading.local):
-    """The handles of the calling thread; Python drops them when the thread ends."""
+#: Kind of handle, device, process: a forked child cannot use what its parent made.
+_Key = tuple[type[Resource], int, int]
+
+
+class _Idle:
+    """Handles of threads that have ended, for threads to come.
+
+    Destroying a handle waits for the whole device, which would spoil a CUDA graph that another
+    thread is capturing, and threads end at any time.
+    """
 
     def __init__(self) -> None:
-        self.handles: dict[tuple[type[Resource], int, int], Resource] = {}
+        self._handles: dict[_Key, deque[Resource]] = {}
+        self._open = True
+
+    def put(self, handles: dict[_Key, Resource]) -> None:
+        for key, handle in handles.items():
+            if self._open:
+                self._handles.setdefault(key, deque()).append(handle)
+
+    def take(self, key: _Key) -> Resource | None:
+        try:
+            return self._handles[key].pop()
+        except (KeyError, IndexError):
+            return None
+
+    def close(self) -> None:
+        self._open = False
+        self._handles.clear()
+
+
+class _End:
+    """Goes when the thread goes that made it."""
+
+
+class _Mine(threading.local):
+    """The handles of the calling thread; Python drops this when the thread ends."""
+
+    def __init__(self, idle: _Idle) -> None:
+        self.handles: dict[_Key, Resource] = {}
+        self.end = _End()
+        # At exit handles are destroyed, not passed on.
+        weakref.finalize(self.end, idle.put, self.handles).atexit = False
 
 
 class HandlePool:
-    """Makes a handle when a thread first asks for a device, and gives the same one from then on.
+    """Gives a thread that first asks for a device a handle, and the same one from then on.
 
-    A handle is destroyed when its thread has ended or the pool was closed, and nothing that was
-    made from it lives any more; at the latest when the interpreter exits.  A thread never sees
-    another's handles, so the pool needs no lock.
+    A thread that ends leaves its handles to the next one that asks: there are as many as threads
+    used at a time.  A handle is destroyed when the pool was closed and nothing that was made from
+    it lives any more; at the latest when the interpreter exits.  No two threads have the same
+    handle at a time, so the pool needs no lock.
 
     Parameters
     ----------
@@ -50,7 +91,8 @@ class HandlePool:
     ) -> None:
         self._sparse = sparse
         self._dense = dense
-        self._mine = _Mine()
+        self._idle = _Idle()
+        self._mine = _Mine(self._idle)
         self._closed = False
 
     def cusparselt(self, device: int, *, around: Around = nullcontext) -> cusparselt.Handle:
@@ -94,11 +136,13 @@ class HandlePool:
             raise OptionError(
                 f"device is {device!r}; allowed is CUDA's index of a device: 0, 1, ..."
             )
-        # A forked child cannot use what its parent made.
         handles, key = self._mine.handles, (kind, device, os.getpid())
         handle = handles.get(key)
         if not isinstance(handle, kind) or handle.closed:
-            handle = handles[key] = make()
+            handle = self._idle.take(key)
+            if not isinstance(handle, kind) or handle.closed:
+                handle = make()
+            handles[key] = handle
         return handle
 
     def close(self) -> None:
@@ -107,8 +151,9 @@ class HandlePool:
         A handle that something was made from lives as long as that does.
         """
         self._closed = True
+        self._idle.close()
         # Dropping a threading.local drops what every thread keeps in it.
-        self._mine = _Mine()
+        self._mine = _Mine(self._idle)
 
 
 #: The pool that plans take their handles from; nothing is loaded before it is asked for a handle.

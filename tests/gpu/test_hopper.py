@@ -70,12 +70,17 @@ def least_row_bytes(config: HopperConfig) -> int:
     return 256 * steps - 240
 
 
+def most_token_tiles(config: HopperConfig, n: int) -> int:
+    """Tiles along M that a launch may have."""
+    return HOPPER_COUNTERS // tiling(config, n, 1).tiles if config.splits > 1 else 1 << 20
+
+
 def several_items(config: HopperConfig, n: int) -> int:
     """Tokens for which every block works on several tiles."""
-    across = -(-n // config.rows)
-    most = HOPPER_COUNTERS // across if config.splits > 1 else 1 << 20
+    across = tiling(config, n, 1).tiles
     sm_count = kernels_of(0).limits.sm_count
-    return min(most, -(-5 * sm_count // (2 * across * config.splits))) * config.tokens - 3
+    wanted = -(-5 * sm_count // (2 * across * config.splits))
+    return min(most_token_tiles(config, n), wanted) * config.tokens - 3
 
 
 @pytest.mark.parametrize(
@@ -213,8 +218,7 @@ def drawn(rng, draw):
     row_bytes = least + 16 * int(rng.integers(0, 400))
     config = replace(fitting(config, row_bytes), tile_group=int(rng.choice([1, 2, 8, 16])))
     n, m = int(rng.integers(1, 2000)), int(rng.integers(1, rng.choice([40, 300, 1500])))
-    most = HOPPER_COUNTERS // -(-n // config.rows) * config.tokens
-    m = min(m, most) if config.splits > 1 else m
+    m = min(m, most_token_tiles(config, n) * config.tokens)
     exact = bool(rng.integers(4))
     operands = Operands(
         draw,
