@@ -85,7 +85,8 @@ class Hopper:
         """One layer's product."""
         gpu, layer = self._gpu, self._layers[index]
         weight, packed, q, scales, y, slid_bytes, row_bytes = self._parts[index]
-        cut = tiling(config, layer.n, self._tokens)
+        sm_count = self._kernels.limits.sm_count
+        cut = tiling(config, layer.n, slid_bytes, self._tokens, sm_count)
         partials, counters = gpu.allocate(cut.partial_bytes), gpu.allocate(4 * cut.counters)
         gpu.set_bytes(counters.pointer, 0, counters.nbytes)
         self._held += [partials, counters]
@@ -181,8 +182,7 @@ def configs_of(text: str) -> list[HopperConfig]:
     made = []
     for part in text.split(";"):
         numbers: list[Any] = [int(word) for word in part.split(",")]
-        if len(numbers) > 3:
-            numbers[3] = bool(numbers[3])
+        numbers[3:5] = map(bool, numbers[3:5])
         made.append(HopperConfig(*numbers))
     return made
 

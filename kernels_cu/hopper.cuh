@@ -135,9 +135,12 @@ SS_DEVICE void store_result(u8* address, uint4 v) {
                : "memory");
 }
 // Memory that other blocks of this launch write.
-SS_DEVICE u32 load_shared_by_blocks(const u32* address) {
-  u32 v;
-  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+SS_DEVICE uint4 load_shared_by_blocks(const uint4* address) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
   return v;
 }
 SS_DEVICE uint2 shared_load8(u32 address) {

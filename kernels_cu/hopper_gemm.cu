@@ -16,24 +16,29 @@
 // side.
 //
 // SS_KGROUPS: the warpgroups have the same channels and take turns at steps of 256 bytes of K'; their
-// sums meet in shared memory.  SS_SPLITS: several blocks share a tile, each with a part of K'; their sums
-// meet in `partials`, added by the last to finish, in the order of K': repeated runs give the same bits.
+// sums meet in shared memory.  SS_STREAM: tiles that would not fill all multiprocessors are cut into
+// equal stretches of K', one a block, wherever tiles begin and end ("stream-K"); sums of blocks that
+// share a tile meet in `partials`, added by the last to finish, in the order of K': repeated runs give
+// the same bits.
 //
 // Compile-time settings (slidesparse_rt/kernels/catalog.py):
 //   SS_TYPE     int8, E4M3, bfloat16 or float16 (numbers.cuh); SS_OUT float32, float16, bfloat16
 //   SS_TOKENS   tokens of a tile; SS_BLOCKS blocks of 64 channels of a warpgroup, 1 or 2
-//   SS_GROUPS   warpgroups that multiply; SS_KGROUPS and SS_SPLITS as above; SS_STAGES stages
+//   SS_GROUPS   warpgroups that multiply; SS_KGROUPS and SS_STREAM as above; SS_STAGES stages
 #include "hopper.cuh"
 #include "wgmma_sparse.cuh"
 
 constexpr int TOKENS = SS_TOKENS, BLOCKS = SS_BLOCKS, GROUPS = SS_GROUPS, STAGES = SS_STAGES;
-constexpr bool K_GROUPS = SS_KGROUPS, SPLITS = SS_SPLITS;
+constexpr bool K_GROUPS = SS_KGROUPS, STREAM = SS_STREAM;
 constexpr int GROUP_THREADS = 128;
 constexpr bool WIDE = bytes_of(SS_TYPE) == 2;
 constexpr bool INTEGER = SS_TYPE == SS_S8;
 constexpr int OUT_BYTES = bytes_of(SS_OUT);
 // 32-bit sums of a thread for one block of 64 channels.
 constexpr int SUMS = TOKENS / 2;
+
+// Warpgroups that take turns at K': of every so many steps of 256 bytes, one has one.
+constexpr int TURNS = K_GROUPS ? GROUPS : 1;
 
 // A stage in shared memory: tokens, then the units of all warpgroups that work on it at a time.
 constexpr int VALUE_BYTES = 64 * 64;
@@ -77,38 +82,73 @@ struct Sums {
 
 struct Shape {
   int tokens, channels, steps, panels;
-  int weight_tiles, token_tiles, group, splits;
+  int weight_tiles, token_tiles, group, streamed;
 };
 
 // Which part of the product a block works on.
 struct Item {
-  int weight_tile, token_tile, split;
+  int weight_tile, token_tile;
   int first, count;  // steps of 256 bytes of K'
+  int next;          // where this block goes on
+  int tile, at;      // of a streamed tile: its number, and the units before this part
 };
 
-// Items in the order in which blocks take them: `group` weight tiles wide, all token tiles deep, so
+// The first `streamed` tiles are a row of units, TURNS steps of K' each (the last of a tile has what is
+// left too), which blocks share evenly; the other tiles are dealt out whole, afterwards.  A place in
+// that work is a unit's number, or `units` more than the number of a whole tile after them.
+SS_DEVICE int units_of_tile(const Shape& shape) { return shape.steps / TURNS; }
+SS_DEVICE int units_of(const Shape& shape) { return STREAM ? shape.streamed * units_of_tile(shape) : 0; }
+
+SS_DEVICE int first_unit(u32 block, u32 units, u32 blocks) {
+  const u32 each = units / blocks, rest = units - each * blocks;
+  return block * each + (block < rest ? block : rest);
+}
+
+// The block that has unit `unit`; there are no fewer units than blocks.
+SS_DEVICE u32 block_with(u32 unit, u32 units, u32 blocks) {
+  const u32 each = units / blocks, rest = units - each * blocks, of_longer = rest * (each + 1);
+  return unit < of_longer ? unit / (each + 1) : rest + (unit - of_longer) / each;
+}
+
+SS_DEVICE int first_place(const Shape& shape, u32 block, u32 blocks) {
+  if constexpr (!STREAM) return block;
+  const int units = units_of(shape), first = first_unit(block, units, blocks);
+  return first < units ? first : units + static_cast<int>(block);
+}
+
+SS_DEVICE int end_of_places(const Shape& shape) {
+  return shape.weight_tiles * shape.token_tiles - (STREAM ? shape.streamed : 0) + units_of(shape);
+}
+
+// Tiles in the order in which blocks take them: `group` weight tiles wide, all token tiles deep, so
 // that what runs at a time shares both operands in L2.
-SS_DEVICE Item item_of(int index, const Shape& shape) {
+SS_DEVICE Item item_of(int place, const Shape& shape, u32 block, u32 blocks) {
   Item item;
-  const int tile = SPLITS ? index / shape.splits : index;
+  const int units = units_of(shape);
+  int tile = place;
+  item.first = 0, item.count = shape.steps, item.next = place + blocks, item.at = 0;
+  if constexpr (STREAM) {
+    if (place < units) {
+      const int of_tile = units_of_tile(shape);
+      tile = place / of_tile;
+      const int begin = tile * of_tile, mine = first_unit(block + 1, units, blocks);
+      const int end = mine < begin + of_tile ? mine : begin + of_tile;
+      item.at = place - begin;
+      item.first = item.at * TURNS;
+      item.count = (end == begin + of_tile ? shape.steps : (end - begin) * TURNS) - item.first;
+      item.next = end < mine ? end : units + static_cast<int>(block);
+    } else {
+      tile = place - units + shape.streamed;
+    }
+  }
+  item.tile = tile;
   const int of_group = shape.group * shape.token_tiles;
   const int which = tile / of_group, rest = tile - which * of_group;
   const int first = which * shape.group;
   const int width = shape.weight_tiles - first < shape.group ? shape.weight_tiles - first : shape.group;
   item.token_tile = rest / width;
   item.weight_tile = first + rest - item.token_tile * width;
-  item.split = 0, item.first = 0, item.count = shape.steps;
-  if constexpr (SPLITS) {
-    item.split = index - tile * shape.splits;
-    const i64 steps = shape.steps;
-    item.first = static_cast<int>(steps * item.split / shape.splits);
-    item.count = static_cast<int>(steps * (item.split + 1) / shape.splits) - item.first;
-  }
   return item;
-}
-
-SS_DEVICE int items_of(const Shape& shape) {
-  return shape.weight_tiles * shape.token_tiles * (SPLITS ? shape.splits : 1);
 }
 
 // The first of a warpgroup's blocks of 64 channels.
@@ -122,9 +162,11 @@ SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& 
                            u32 empty) {
   constexpr int TOGETHER = UNITS > 2 ? 2 : UNITS;  // units side by side in memory
   u32 position = 0;
-  const int items = items_of(shape);
-  for (int index = blockIdx.x; index < items; index += gridDim.x) {
-    const Item item = item_of(index, shape);
+  const int end = end_of_places(shape);
+  int place = first_place(shape, blockIdx.x, gridDim.x);
+  while (place < end) {
+    const Item item = item_of(place, shape, blockIdx.x, gridDim.x);
+    place = item.next;
     for (int stage = 2 * item.first; stage < 2 * (item.first + item.count); ++stage, ++position) {
       const u32 slot = position % STAGES, round = position / STAGES;
       const u32 barrier = full + 8 * slot, target = stages + slot * STAGE_BYTES;
@@ -189,25 +231,33 @@ SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, bool
   if (more) named_barrier_arrive(GATHER_FREE, ALL);
 }
 
-// Blocks that shared a tile: true for the last one, which gets the sum, in the order of K'.
-SS_DEVICE bool gather_splits(Sums& sums, const Item& item, int group, int thread, const Shape& shape,
-                             u32* partials, u32* arrived, u32* last) {
+// Blocks that share a tile: true for the last one, which gets the sum, in the order of K'.  A block
+// that begins within a tile leaves its sums in the first of its two parts of `partials`, one that
+// begins with a tile and ends within it in the second.
+SS_DEVICE bool gather_blocks(Sums& sums, const Item& item, int group, int thread, const Shape& shape,
+                             uint4* partials, u32* arrived, u32* last) {
   constexpr int WORKERS = K_GROUPS ? 1 : GROUPS;
-  constexpr int OF_GROUP = BLOCKS * SUMS * GROUP_THREADS;
-  constexpr i64 OF_PART = WORKERS * OF_GROUP;
-  const i64 tile = static_cast<i64>(item.token_tile) * shape.weight_tiles + item.weight_tile;
-  u32* const of_tile = partials + tile * shape.splits * OF_PART + group * OF_GROUP + thread;
-  u32* const mine = of_tile + item.split * OF_PART;
+  constexpr int PIECES = BLOCKS * SUMS / 4;  // of 16 bytes a thread
+  constexpr i64 OF_PART = static_cast<i64>(WORKERS) * PIECES * GROUP_THREADS;
+  const u32 blocks = gridDim.x, units = units_of(shape), of_tile = units_of_tile(shape);
+  const u32 begin = item.tile * of_tile;
+  const u32 first = block_with(begin, units, blocks), final = block_with(begin + of_tile - 1, units, blocks);
+  if (first == final) return true;
+  uint4* const own_place = partials + group * PIECES * GROUP_THREADS + thread;
+  uint4* const mine = own_place + (2 * blockIdx.x + (item.at == 0)) * OF_PART;
 #pragma unroll
-  for (int i = 0; i < BLOCKS * SUMS; ++i) mine[i * GROUP_THREADS] = sums.of[i / SUMS][i % SUMS];
+  for (int i = 0; i < PIECES; ++i) {
+    const u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
+    mine[i * GROUP_THREADS] = make_uint4(four[0], four[1], four[2], four[3]);
+  }
   fence_device();
   named_barrier(PART_WRITTEN, WORKERS * GROUP_THREADS);
   if (group == 0 && thread == 0) {
     // All threads' parts before the count, and the count before others' parts.  It is zero again after
     // the last, at once, so that launches that should not have met leave no trace in it.
-    const u32 most = shape.splits - 1;
+    const u32 most = final - first;
     fence_device();
-    *last = atomic_next(arrived + tile, most) == most;
+    *last = atomic_next(arrived + item.tile, most) == most;
     fence_device();
   }
   named_barrier(PART_KNOWN, WORKERS * GROUP_THREADS);
@@ -216,12 +266,14 @@ SS_DEVICE bool gather_splits(Sums& sums, const Item& item, int group, int thread
 #pragma unroll
   for (int i = 0; i < BLOCKS * SUMS; ++i) sums.of[i / SUMS][i % SUMS] = 0;
 #pragma unroll 1
-  for (int split = 0; split < shape.splits; ++split) {
-    const u32* const theirs = of_tile + split * OF_PART;
+  for (u32 block = first; block <= final; ++block) {
+    const uint4* const theirs = own_place + (2 * block + (block == first)) * OF_PART;
 #pragma unroll
-    for (int i = 0; i < BLOCKS * SUMS; ++i) {
-      u32& sum = sums.of[i / SUMS][i % SUMS];
-      sum = plus(sum, load_shared_by_blocks(theirs + i * GROUP_THREADS));
+    for (int i = 0; i < PIECES; ++i) {
+      u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
+      const uint4 part = load_shared_by_blocks(theirs + i * GROUP_THREADS);
+      four[0] = plus(four[0], part.x), four[1] = plus(four[1], part.y);
+      four[2] = plus(four[2], part.z), four[3] = plus(four[3], part.w);
     }
   }
   return true;
@@ -442,13 +494,13 @@ SS_DEVICE void write_tile(const Sums& sums, const TokenScales& held, u32 own_sca
 SS_KERNEL((GROUPS + 1) * GROUP_THREADS, 1)
 hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__ TensorMap out_map,
             const u8* packed, const float* token_scales, const float* channel_scales, const float* bias,
-            u8* out, i64 out_stride, u32* partials, u32* arrived, int tokens, int channels, int steps,
-            int panels, int weight_tiles, int token_tiles, int tile_group, int splits, int storing) {
+            u8* out, i64 out_stride, uint4* partials, u32* arrived, int tokens, int channels, int steps,
+            int panels, int weight_tiles, int token_tiles, int tile_group, int streamed, int storing) {
   SS_ALIGNED_STAGE(shared);
   const u32 stages = shared_address(shared);
   const u32 full = stages + BARRIERS, empty = full + 8 * STAGES;
   u32* const last = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES);
-  const Shape shape{tokens, channels, steps, panels, weight_tiles, token_tiles, tile_group, splits};
+  const Shape shape{tokens, channels, steps, panels, weight_tiles, token_tiles, tile_group, streamed};
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < STAGES; ++slot) {
       barrier_init(full + 8 * slot, 1);
@@ -469,7 +521,6 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const int thread = threadIdx.x % GROUP_THREADS;
   const bool speaks = (thread & 31) == 0;
   const Epilogue to{token_scales, channel_scales, bias, out, out_stride, &out_map, storing};
-  constexpr int TURNS = K_GROUPS ? GROUPS : 1;  // of how many steps this warpgroup takes one
   const u32 turn = K_GROUPS ? group : 0;
   const u32 own_units = TOKEN_BYTES + (K_GROUPS ? 0 : group * BLOCKS * UNIT);
   const u32 own_scales = stages + SCALES + threadIdx.x / 32 * (TOKENS * 4);
@@ -480,12 +531,11 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   u32 metadata[4];
   static_assert(IN_FLIGHT + 2 <= 4, "a product's metadata must not be overwritten");
 
-  int index = blockIdx.x;
+  int place = first_place(shape, blockIdx.x, gridDim.x);
   bool fresh = true;
 #pragma unroll 1
   while (true) {
-    const bool more = index + static_cast<int>(gridDim.x) < items_of(shape);
-    const int of_item = item_of(index, shape).count;
+    const int of_item = item_of(place, shape, blockIdx.x, gridDim.x).count;
     const int count = (of_item - static_cast<int>(turn) + TURNS - 1) / TURNS;
     // Rather than telling the first products to ignore what the registers hold: older compilers (CUDA
     // 12.8) then see registers of a product in flight defined, and serialise all products.
@@ -526,7 +576,8 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       at = at_next;
     }
     // Worked out again, so that it occupies no registers in the loop above.
-    const Item item = item_of(opaque(index), shape);
+    const Item item = item_of(opaque(place), shape, blockIdx.x, gridDim.x);
+    const bool more = item.next < end_of_places(shape);
     TokenScales scales;
     load_scales(scales, token_scales, item.token_tile * TOKENS, tokens);
     products_wait<0>();
@@ -538,13 +589,13 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       gather_groups(sums, group, thread, stages + GATHER, fresh, more);
       mine = group == 0;
     }
-    if (SPLITS && mine) {
-      mine = gather_splits(sums, item, K_GROUPS ? 0 : group, thread, shape, partials, arrived, last);
+    if (STREAM && mine && place < units_of(shape)) {
+      mine = gather_blocks(sums, item, K_GROUPS ? 0 : group, thread, shape, partials, arrived, last);
     }
     if (mine) write_tile(sums, scales, own_scales, own_buffer, item, group, thread, shape, to);
     if (!more) break;
     fresh = false;
-    index += gridDim.x;
+    place = item.next;
   }
   // Shared memory must outlive the stores that read it.
   if (BOXES && thread == 0) stores_wait_read<0>();

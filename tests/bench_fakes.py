@@ -244,6 +244,7 @@ class FakePlan:
 
         class Product:
             scratch_bytes = 64
+            how = "whole" if self.backend == "hopper" else ""
 
             def launch(self, q, scales, target, stride, scratch, counters, stream):
                 assert scratch % 16 == 0

@@ -20,15 +20,14 @@ SM_COUNTS = (132, 114, 16)
 
 def shipped() -> list[HopperConfig]:
     """One configuration for each way in which `configurations` lets the kernel be compiled."""
-    found: dict[HopperConfig, HopperConfig] = {}
+    found: dict[HopperConfig, None] = {}
     for tokens in sorted({size + more for size in (2**i for i in range(15)) for more in (0, 1)}):
         for n in (1, 256, 1024, 4096, 1 << 17):
             for slid_bytes in (256, 512, 1024, 2048, 1 << 16):
                 for sm_count in SM_COUNTS:
                     for config in configurations(n, slid_bytes, tokens, sm_count):
-                        split = 2 if config.splits > 1 else 1
-                        found.setdefault(replace(config, splits=split, tile_group=8), config)
-    return [replace(config, splits=key.splits) for key, config in found.items()]
+                        found[replace(config, tile_group=8)] = None
+    return list(found)
 
 
 def spec_of(config: HopperConfig, dtype: str, out_type: str) -> KernelSpec:

@@ -67,6 +67,9 @@ def test_gemm_measures_every_case_and_compares(gpu, plans, tmp_path):
         "cusparselt": "bfloat16 sums",
         "dense": "bfloat16 results",
     }
+    for row in document["rows"]:
+        how = dict.fromkeys(row["layers"], "whole")
+        assert row["layer_how"] == ({"hopper": how} if row["stage"] == "gemm" else {})
     assert any("ratio 3.000, 1.500 (at most 1.333)" in line for line in lines)
 
 

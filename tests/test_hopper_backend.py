@@ -18,7 +18,13 @@ from slidesparse_rt.dtypes import array_type, operand
 from slidesparse_rt.errors import DeviceMemoryError, LibraryError
 from slidesparse_rt.kernels.hopper import HOPPER_PACK_ARGUMENTS
 from slidesparse_rt.kernels.hopper_layout import packed_bytes
-from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES, configurations, tiling
+from slidesparse_rt.kernels.hopper_tiles import (
+    HOPPER_SHARED_BYTES,
+    HopperConfig,
+    Tiling,
+    configurations,
+    tiling,
+)
 
 N, K = 1000, 4100
 OPTIONS = ss.PlanOptions()
@@ -86,6 +92,10 @@ def prepared(
         return HopperPrepared(weight, OPTIONS, STREAM)
     finally:
         driver.layout = layout
+
+
+def cut_of(config: HopperConfig, made: HopperPrepared, tokens: int) -> Tiling:
+    return tiling(config, made.weight.n, made._slid_bytes, tokens, made.device.sm_count)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -180,8 +190,9 @@ def test_the_fastest_is_what_runs(machine: Machine, pick: int) -> None:
     product = made.make_product(200, array_type("bfloat16"), STREAM)
     wanted = configurations(N, made._slid_bytes, 256, 132)[pick]
     assert list(machine.gpu.choices.values()) == [wanted]
-    cut = tiling(wanted, N, 200)
+    cut = cut_of(wanted, made, 200)
     assert product.scratch_bytes == cut.partial_bytes
+    assert product.how == wanted.name
     product.launch(0x1000, 0x2000, 0x3000, N, 0x4000, 0x5000, 99)
     launch = machine.kernels.cuda.launches[-1]
     assert launch["stream"] == 99
@@ -233,7 +244,7 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
         assert launch["shared"] == config.shared_bytes <= HOPPER_SHARED_BYTES
         assert launch["values"][5] == N
         assert launch["values"][8:10] == [bucket, N]
-        assert launch["values"][-2] == config.splits
+        assert bool(launch["values"][-2]) == config.stream
         places.add((launch["values"][0], *launch["values"][4:8:3]))
     # One result and one row of counters for all, and nothing kept afterwards.
     assert len(places) == 1
@@ -242,7 +253,7 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
     ones, zeros = (done[2] for done in machine.gpu.done if done[0] == "upload")
     assert ones.tolist() == [1.0] * bucket
     assert not zeros.any()
-    assert zeros.size >= max(tiling(config, N, bucket).counters for config in promising)
+    assert zeros.size >= max(cut_of(config, made, bucket).counters for config in promising)
 
 
 def test_one_promising_configuration_is_not_timed(machine: Machine) -> None:
@@ -279,7 +290,7 @@ def test_where_there_is_no_memory_for_timing_the_run_goes_on(
     monkeypatch.setattr(hopper, "fastest", exhausted)
     product = made.make_product(1024, array_type("bfloat16"), STREAM)
     first = configurations(N, made._slid_bytes, 1024, machine.gpu.sm_count)[0]
-    assert product._gemm.tiling == tiling(first, N, 1024)
+    assert product._gemm.tiling == cut_of(first, made, 1024)
     assert machine.gpu.choices == {}  # timed the next time
 
 

@@ -59,7 +59,7 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
     bytes_of = re.search(r"constexpr int bytes_of\(int type\) \{.*?\n\}", numbers, re.DOTALL)
     assert bytes_of is not None
     body = between("constexpr int TOKENS", "// Names of barriers")
-    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "SPLITS", "STAGES")
+    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "STREAM", "STAGES")
     parameters = ", ".join(f"int SS_{name}" for name in names)
     shown = ", ".join(f'\\"{name}\\": %d' for name in PRINTED)
     given_ = ", ".join(f"(int)Kernel::{name}" for name in PRINTED)
@@ -125,49 +125,94 @@ def test_there_are_enough_stages(config):
 
 @needs_compiler
 def test_every_part_of_a_product_is_worked_on_once(tmp_path):
-    """item_of(), from the kernel's text, over whole grids of tiles."""
-    shape = between("struct Shape {", "SS_DEVICE int items_of")
+    """By the kernel's own text: each block's parts, and which blocks share a tile."""
+    text = between("constexpr int TURNS", "// A stage in shared memory")
+    shape = between("struct Shape {", "// The first of a warpgroup's blocks of 64 channels.")
+    products = [
+        (*tiles, group, steps, turns, sm_count)
+        for tiles in ((1, 1), (2, 1), (7, 2), (9, 5), (17, 2))
+        for group in (1, 8)
+        for steps in (1, 4, 11, 64)
+        for turns in (1, 2, 4)
+        for sm_count in (1, 3, 16, 132)
+        if steps >= turns
+    ]
+    cuts = [
+        hopper_tiles._shared(weight_tiles * token_tiles, steps, turns, sm_count)
+        for weight_tiles, token_tiles, _, steps, turns, sm_count in products
+    ]
+    calls = "\n".join(
+        f"show<{turns}>({{0, 0, {steps}, 0, {weight}, {token}, {group}, {streamed}}}, {blocks});"
+        for (weight, token, group, steps, turns, _), (streamed, blocks) in zip(
+            products, cuts, strict=True
+        )
+    )
     program = f"""
     #include <cstdio>
-    #include <initializer_list>
     using i64 = long long;
+    using u32 = unsigned;
     #define SS_DEVICE static
-    {between("struct Shape {", "// Items in the order", shape)}
-    template <bool SPLITS> struct Order {{
-    {shape[shape.index("SS_DEVICE Item item_of") :]}
-    }};
-    template <bool SPLITS> void show(Shape shape) {{
-      const int items = shape.weight_tiles * shape.token_tiles * shape.splits;
-      for (int i = 0; i < items; ++i) {{
-        const Item item = Order<SPLITS>::item_of(i, shape);
-        std::printf("%d %d %d %d %d\\n", item.weight_tile, item.token_tile, item.split, item.first,
-                    item.count);
+    template <int GROUPS, bool STREAM> struct Order {{
+    static constexpr bool K_GROUPS = true;
+    {text.replace("constexpr", "static constexpr")}
+    {shape}
+    static void show(Shape shape, int blocks) {{
+      const u32 units = units_of(shape), of_tile = units_of_tile(shape);
+      for (int b = 0; b < blocks; ++b) {{
+        int place = first_place(shape, b, blocks);
+        while (place < end_of_places(shape)) {{
+          const Item item = item_of(place, shape, b, blocks);
+          u32 first = b, final = b;
+          if (place < static_cast<int>(units)) {{
+            first = block_with(item.tile * of_tile, units, blocks);
+            final = block_with((item.tile + 1) * of_tile - 1, units, blocks);
+          }}
+          std::printf("%d %d %d %d %d %d %u %u\\n", b, item.tile, item.weight_tile, item.token_tile,
+                      item.first, item.count, first, final);
+          place = item.next;
+        }}
       }}
       std::printf("end\\n");
     }}
-    int main() {{
-      for (int weight_tiles : {{1, 2, 7, 8, 9, 17}})
-        for (int token_tiles : {{1, 2, 5}})
-          for (int group : {{1, 8, 16}})
-            for (int splits : {{1, 2, 3, 8}}) {{
-              std::printf("%d %d %d\\n", weight_tiles, token_tiles, splits);
-              const Shape shape{{0, 0, 11, 0, weight_tiles, token_tiles, group, splits}};
-              splits == 1 ? show<false>(shape) : show<true>(shape);
-            }}
+    }};
+    template <int TURNS> void show(typename Order<TURNS, true>::Shape shape, int blocks) {{
+      Order<TURNS, true>::show(shape, blocks);
     }}
+    int main() {{ {calls} }}
     """
     runs = built(tmp_path, program).split("end\n")[:-1]
-    assert len(runs) == 6 * 3 * 3 * 4
-    for run in runs:
-        head, *lines = run.splitlines()
-        weight_tiles, token_tiles, splits = map(int, head.split())
-        steps: Counter[tuple[int, int, int]] = Counter()
-        for line in lines:
-            weight, token, _, first, count = map(int, line.split())
-            assert count >= 11 // splits
-            steps.update((weight, token, step) for step in range(first, first + count))
-        assert set(steps.values()) == {1}
-        assert len(steps) == weight_tiles * token_tiles * 11
+    assert len(runs) == len(products)
+    assert any(streamed == 0 for streamed, _ in cuts)
+    for product, (streamed, blocks), run in zip(products, cuts, runs, strict=True):
+        weight_tiles, token_tiles, _, steps, turns, sm_count = product
+        assert blocks <= sm_count
+        parts = [tuple(map(int, line.split())) for line in run.splitlines()]
+        assert {part[0] for part in parts} == set(range(blocks))  # none has nothing to do
+        done: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for block, tile, weight, token, first, count, *sharing in parts:
+            assert count >= turns
+            assert (tile < streamed) or count == steps
+            done.setdefault((weight, token), []).append((first, count, block))
+            assert sharing[0] <= block <= sharing[1]
+        assert len(done) == weight_tiles * token_tiles
+        for stretches in done.values():
+            # End to end, in the order of blocks.
+            assert [first for first, _, _ in sorted(stretches)] == [
+                sum(count for _, count, _ in sorted(stretches)[:i]) for i in range(len(stretches))
+            ]
+            assert sum(count for _, count, _ in stretches) == steps
+            assert [block for *_, block in sorted(stretches)] == sorted(
+                block for *_, block in stretches
+            )
+        for _, tile, weight, token, *_, first_block, final_block in parts:
+            found = sorted(block for *_, block in done[weight, token])
+            assert found == list(range(first_block, final_block + 1)), (product, tile)
+        # Nobody has much more to do than others.
+        work: Counter[int] = Counter()
+        for block, _, _, _, _, count, _, _ in parts:
+            work[block] += count
+        if streamed:
+            assert max(work.values()) - min(work.values()) <= steps + 2 * turns
 
 
 # --- which configurations there are ---------------------------------------------------------------
@@ -186,33 +231,27 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
     assert len(found) == len(set(found))
     kernels = FakeKernels(sm_count)
     for config in found:
-        turns = config.groups if config.k_groups else 1
-        assert steps // config.splits >= turns
-        cut = tiling(config, n, bucket)
+        assert steps >= config.turns
+        cut = tiling(config, n, slid_bytes, bucket, sm_count)
         # Whole panels, whose blocks of 64 channels lie inside each other.
         rows = -(-n // PANEL_ROWS) * PANEL_ROWS
         assert (cut.weight_tiles - 1) * config.rows < rows <= cut.weight_tiles * config.rows
         assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
         assert cut.tiles == cut.weight_tiles * cut.token_tiles
-        if config.splits == 1:
-            assert (cut.partial_bytes, cut.counters) == (0, 0)
-        else:
-            assert cut.counters == cut.tiles <= hopper_tiles.HOPPER_COUNTERS
-            assert cut.partial_bytes == (
-                cut.tiles * config.splits * 4 * config.rows * config.tokens
-            )
+        assert cut.blocks <= sm_count
+        assert config.stream == (cut.streamed > 0)
+        assert cut.counters == cut.streamed <= min(cut.tiles, hopper_tiles.HOPPER_COUNTERS)
+        parts = 2 * cut.blocks if config.stream else 0
+        assert cut.partial_bytes == parts * 4 * config.rows * config.tokens
         # What was timed for a bucket also runs fewer tokens.
         for tokens in (bucket // 2 + 1, bucket):
             HopperGemm(kernels, "int8", "float32", n, slid_bytes, slid_bytes, tokens, config)
-            fewer = tiling(config, n, tokens)
-            assert fewer.counters <= cut.counters
-            assert fewer.partial_bytes <= cut.partial_bytes
 
 
 @given(st.integers(1, 700), st.sampled_from(CONFIGS))
 def test_tiles_have_every_channel(n, config):
     """By the order of channels in hopper_gemm.cu: the blocks of a panel alternate."""
-    blocks = tiling(config, n, 1).weight_tiles * config.rows // 64
+    blocks = tiling(config, n, 1024, 1, 132).weight_tiles * config.rows // 64
     channels = {
         block // 2 * 128 + 32 * warp + 4 * g + 2 * (block % 2) + h
         for block in range(blocks)
@@ -226,18 +265,33 @@ def test_tiles_have_every_channel(n, config):
 def test_few_tokens_share_k_and_many_do_not():
     few, many = configurations(4096, 8192, 16, 132), configurations(4096, 8192, 4096, 132)
     assert all(config.k_groups for config in few)
-    assert {config.splits for config in few} == {1, 2}
-    assert not any(config.k_groups or config.splits > 1 for config in many)
-    # A layer with few tiles fills the multiprocessors by sharing K'.
-    between_ = configurations(1024, 8192, 256, 132)
-    assert max(config.splits for config in between_) == 8
+    assert not any(config.k_groups for config in many)
     assert configurations(64, 256, 16, 132) == [HopperConfig(128, 2)]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "turns", "expected"),
+    [
+        (28, 111, 1, (28, 132)),  # fewer tiles than multiprocessors
+        (28, 4, 1, (0, 28)),  # too short to share
+        (28, 8, 1, (28, 56)),
+        (28, 8, 4, (28, 56)),
+        (1, 5, 4, (0, 1)),  # one turn
+        (132, 21, 1, (0, 132)),  # they come out even
+        (264, 21, 1, (0, 132)),
+        (148, 21, 1, (148, 132)),  # few are left over
+        (200, 21, 1, (68, 132)),  # many are
+        (200, 2, 1, (0, 132)),  # a block would have one step of them
+    ],
+)
+def test_how_many_tiles_are_shared(tiles, steps, turns, expected):
+    assert hopper_tiles._shared(tiles, steps, turns, 132) == expected
 
 
 def test_names_tell_configurations_apart():
     assert HopperConfig(208, 2).name == "256x208"
-    assert HopperConfig(16, 1, 4, True, 2).name == (
-        "64x16, 4 warpgroups share K', 2 blocks share K'"
+    assert HopperConfig(16, 1, 4, True, stream=True).name == (
+        "64x16, 4 warpgroups share K', stream-K"
     )
     assert len({config.name for config in CONFIGS}) == len(CONFIGS)
 
@@ -247,4 +301,4 @@ def test_a_configuration_is_kept_as_it_was_made():
     assert (config.rows, config.threads, config.gather_bytes) == (64, 640, 3 * 32 * 128 * 4)
     assert HopperConfig(64, 2).rows == 256
     assert HopperConfig(64, 2).gather_bytes == 0
-    assert replace(config, splits=2).shared_bytes == config.shared_bytes
+    assert replace(config, stream=True).shared_bytes == config.shared_bytes

@@ -92,7 +92,8 @@ def check_product(
     )
     start = max(0, -stride) * (m - 1)
     out = Memory(((m - 1) * abs(stride) + n) * size, offset * size)
-    cut = tiling(config, n, m)
+    cut = tiling(config, n, product.slid_bytes, m, machine.kernels.limits.sm_count)
+    assert gemm.tiling == cut
     partials, counters = Memory(cut.partial_bytes), filled(np.zeros(cut.counters, np.uint32))
     for _ in range(2):
         out.write(np.full(out.read().size, POISON, np.uint8))
@@ -126,18 +127,18 @@ def test_every_tile_is_exact(number: int) -> None:
     )
     rng = np.random.default_rng(number)
     dtype, out_type = DTYPES[number % len(DTYPES)], OUT_TYPES[number % len(OUT_TYPES)]
-    steps = config.splits * (config.groups if config.k_groups else 1)
+    steps = 7 if config.stream else config.turns
     least = 256 * steps - 240
     # Two tiles of channels, so that every multiprocessor has more than one tile.
     n = config.rows + 72
     m = 3 * config.tokens // 2 + 3
     check_product(machine, Product(rng, dtype, n, least, m, bias=True), config, out_type, n)
-    # Rows in pieces of 8 bytes, or of 4, and more splits than tiles divide evenly.
-    more = replace(config, splits=3, tile_group=1) if config.splits > 1 else config
+    # Rows in pieces of 8 bytes, or of 4, and one or two tiles for all.
     row_bytes = 256 * (3 * steps) + 16
     product = Product(rng, dtype, 70, row_bytes, 19, bias=False)
+    beside = replace(config, tile_group=1)
     for stride, offset in ((72, 0), (76, 4), (71, 1), (-72, 0)):
-        check_product(machine, product, more, out_type, stride, offset)
+        check_product(machine, product, beside, out_type, stride, offset)
     assert {spec.entry for spec, *_ in machine.launches} == {"hopper_gemm"}
 
 
@@ -146,7 +147,7 @@ def test_every_tile_is_exact(number: int) -> None:
     "config",
     [
         HopperConfig(16, 1, 2, True),
-        HopperConfig(16, 1, 4, True, 2),
+        HopperConfig(16, 1, 4, True, stream=True),
         HopperConfig(64, 1, 4, True),
         HopperConfig(32, 2),
         HopperConfig(208, 2),
@@ -162,6 +163,31 @@ def test_warpgroups_may_be_late(config: HopperConfig, uneven: int) -> None:
     product = Product(np.random.default_rng(6), "int8", 300, 8 * 256 + 48, 35, bias=False)
     assert product.slid_bytes // 128 > config.stages
     check_product(machine, product, config, "bfloat16", 300)
+
+
+@pytest.mark.parametrize("uneven", [2, 3])
+@pytest.mark.parametrize(
+    "config",
+    [HopperConfig(16, 1, 2, True), HopperConfig(64, 1, 4, True), HopperConfig(64, 2)],
+    ids=lambda config: config.name,
+)
+@pytest.mark.parametrize(
+    ("sm_count", "n", "m", "steps"),
+    [
+        (16, 70, 5, 64),  # one tile or two, which many blocks share
+        (5, 700, 130, 9),  # some tiles are shared, some are whole
+        (11, 600, 150, 15),
+        (7, 1000, 70, 23),
+    ],
+)
+def test_tiles_that_blocks_share(
+    config: HopperConfig, sm_count: int, n: int, m: int, steps: int, uneven: int
+) -> None:
+    config = replace(config, stream=True)
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, uneven=uneven)
+    product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
+    assert tiling(config, n, product.slid_bytes, m, sm_count).streamed
+    check_product(machine, product, config, "bfloat16", n)
 
 
 @pytest.mark.parametrize("config", [HopperConfig(64, 1, 4, True), HopperConfig(128, 1, 2, True)])

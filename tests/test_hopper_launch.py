@@ -10,7 +10,7 @@ from slidesparse_rt.errors import LibraryError, OptionError, ShapeError
 from slidesparse_rt.kernels import catalog, hopper
 from slidesparse_rt.kernels.compiler import read_source
 from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
-from slidesparse_rt.kernels.hopper_tiles import HOPPER_COUNTERS, HopperConfig, tiling
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, tiling
 
 
 @pytest.fixture
@@ -41,16 +41,16 @@ def test_the_layout_of_arguments_is_the_kernel_s():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_type", OUT_TYPES)
 def test_a_launch_says_everything(kernels, dtype, out_type):
-    config = HopperConfig(64, 2, splits=3, tile_group=5)
+    config = HopperConfig(64, 2, stream=True, tile_group=5)
     gemm = HopperGemm(kernels, dtype, out_type, 1000, 4096, 4000, 130, config)
     assert kernels.loaded == [(spec_of(config, dtype, out_type), config.shared_bytes)]
-    assert gemm.tiling == tiling(config, 1000, 130)
+    assert gemm.tiling == tiling(config, 1000, 4096, 130, 132)
     size = catalog.format_bytes(out_type)
     gemm(*OPERANDS, 0x6000, 1024, *REST)
     launch = kernels.cuda.launches[0]
     assert launch == {
         "function": 701,
-        "blocks": 4 * 3 * 3,
+        "blocks": 4 * 3 * 16 // 4,
         "threads": 3 * 128,
         "shared": config.shared_bytes,
         "stream": 99,
@@ -58,7 +58,7 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
         "values": [
             *(0x1000, 0x3000, 0x4000, 0x5000, 0x6000, 1024, 0x70000, 0x80000),
             *(130, 1000, 16, 8),  # tokens, channels, steps, panels
-            *(4, 3, 5, 3),  # tiles of channels and of tokens, group, splits
+            *(4, 3, 5, 12),  # tiles of channels and of tokens, group, shared tiles
             2,  # in boxes
         ],
     }
@@ -175,32 +175,27 @@ def test_rows_of_other_lengths_are_refused(kernels, slid_bytes, row_bytes):
 
 
 @pytest.mark.parametrize(
-    ("config", "steps", "times"),
-    [
-        (HopperConfig(16, 1, 4, True), 3, 4),
-        (HopperConfig(16, 1, 4, True, 2), 7, 8),
-        (HopperConfig(16, 1, 2, True), 1, 2),
-        (HopperConfig(128, 2, splits=5), 4, 5),
-    ],
+    ("config", "steps", "turns"),
+    [(HopperConfig(16, 1, 4, True), 3, 4), (HopperConfig(16, 1, 2, True, stream=True), 1, 2)],
 )
-def test_k_is_not_shared_by_more_than_it_has_steps(kernels, config, steps, times):
+def test_each_warpgroup_has_a_step(kernels, config, steps, turns):
     sizes = (256 * steps, 256 * steps, 1)
     with pytest.raises(OptionError) as caught:
         HopperGemm(kernels, "int8", "float32", 64, *sizes, config)
     assert str(caught.value) == (
-        f"{config.name} shares K' {times} times, but it has {steps} steps of 256 bytes; use a "
-        f"configuration that shares it less"
+        f"{config.name} needs {turns} steps of 256 bytes of K', but there are {steps}; use a "
+        f"configuration whose warpgroups do not share K'"
     )
-    longer = (256 * times, 256 * times, 1)
+    longer = (256 * turns, 256 * turns, 1)
     HopperGemm(kernels, "int8", "float32", 64, *longer, config)
 
 
-def test_tiles_that_blocks_share_have_counters(kernels):
-    config = HopperConfig(128, 2, splits=2)
-    tokens = 128 * HOPPER_COUNTERS
-    HopperGemm(kernels, "int8", "float32", 64, 512, 512, tokens, config)
-    with pytest.raises(OptionError, match=r"shares 2049 tiles among blocks; allowed are 2048"):
-        HopperGemm(kernels, "int8", "float32", 64, 512, 512, tokens + 1, config)
+def test_tiles_that_blocks_share_have_counters():
+    config, sizes = HopperConfig(128, 2, stream=True), (64, 2048, 2048)
+    HopperGemm(FakeKernels(1024), "int8", "float32", *sizes, 128 * (2 * 1024 - 1), config)
+    kernels = FakeKernels(2000)
+    with pytest.raises(OptionError, match=r"shares 2999 tiles among blocks; allowed are 2048"):
+        HopperGemm(kernels, "int8", "float32", *sizes, 128 * 2999, config)
 
 
 def test_products_that_kernels_cannot_count_are_refused(kernels):

@@ -98,6 +98,7 @@ class _Product:
 
     def __init__(self, prepared: CusparseltPrepared, plan: MatmulPlan, scratch_bytes: int) -> None:
         self.scratch_bytes = scratch_bytes
+        self.how = ""
         self._plan = plan
         self._weight = prepared.compressed.pointer
         self._one, self._zero = _one_and_zero()

@@ -89,6 +89,7 @@ class _Product:
         scaled: bool,
     ) -> None:
         self.direct = direct
+        self.how = ""
         self.scratch_bytes = matmul.candidate.workspace_bytes
         self._matmul = matmul
         self._scaled = scaled

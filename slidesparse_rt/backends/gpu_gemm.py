@@ -83,6 +83,11 @@ class Product(Protocol):
         """Whether it writes the result itself, scales and bias included."""
         ...
 
+    @property
+    def how(self) -> str:
+        """How the product is done, for people; "" where the library does not say."""
+        ...
+
     def launch(
         self,
         tokens: int,

@@ -42,6 +42,7 @@ class _Product:
     direct = True
 
     def __init__(self, prepared: HopperPrepared, gemm: HopperGemm) -> None:
+        self.how = gemm.config.name
         self.scratch_bytes = gemm.tiling.partial_bytes
         self._gemm = gemm
         self._weight = prepared.packed.pointer
@@ -164,7 +165,9 @@ class HopperPrepared(GpuPrepared):
         promising = self._promising(bucket)
         if len(promising) == 1:
             return promising[0]
-        cuts = [tiling(config, n, bucket) for config in promising]
+        cuts = [
+            tiling(config, n, self._slid_bytes, bucket, device.sm_count) for config in promising
+        ]
         cold = 2 * device.l2_bytes if bucket <= _COLD_TOKENS else 0
         size = operand.bits // 8
         with (

@@ -127,6 +127,11 @@ class GemmCase:
                 "error_over_bound": worst,
             },
             "kernels": {name: row[0].kernels for name, row in works.items()},
+            "layer_how": {
+                name: {layer.name: work.how for layer, work in zip(self._layers, row, strict=True)}
+                for name, row in works.items()
+                if any(work.how for work in row)
+            },
         }
         found = burst(gpu, whole, rounds=settings.rounds, clocks=self._clocks)
         alone = {"layer_us": self._by_layer(works)} if settings.layer_times else {}

@@ -53,6 +53,8 @@ class Work(NamedTuple):
     launch: Callable[[], None]
     output: Output
     kernels: str
+    #: How each product is done, where that is known.
+    how: str = ""
 
 
 class Side(Protocol):
@@ -153,7 +155,7 @@ class GpuSide:
                 base, scales, output.pointer, output.stride, scratch, buffer.pointer, gpu.stream
             )
 
-        return Work(launch, output, words)
+        return Work(launch, output, words, product.how)
 
     def op(self, index: int, tokens: int, x: int, y: int) -> Work:
         """See :class:`Side`."""

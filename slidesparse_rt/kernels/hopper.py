@@ -92,28 +92,27 @@ class HopperGemm:
                 f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of "
                 f"{STEP_BYTES} and of 16, the second not larger than the first"
             )
-        if steps // config.splits < config.turns:
+        if steps < config.turns:
             raise OptionError(
-                f"{config.name} shares K' {config.splits * config.turns} times, but it has {steps} "
-                f"steps of {STEP_BYTES} bytes; use a configuration that shares it less"
+                f"{config.name} needs {config.turns} steps of {STEP_BYTES} bytes of K', but there "
+                f"are {steps}; use a configuration whose warpgroups do not share K'"
             )
-        cut = tiling(config, n, tokens)
-        if cut.tiles * config.splits > MAX_INT // 2 or tokens > MAX_INT - 256:
+        cut = tiling(config, n, slid_bytes, tokens, kernels.limits.sm_count)
+        if cut.tiles + cut.streamed * steps > MAX_INT // 2 or tokens > MAX_INT - 256:
             raise ShapeError(f"{tokens} tokens by {n} channels are too many for one launch")
         if cut.counters > HOPPER_COUNTERS:
             raise OptionError(
                 f"{config.name} shares {cut.counters} tiles among blocks; allowed are "
-                f"{HOPPER_COUNTERS}: use a configuration that does not split K'"
+                f"{HOPPER_COUNTERS}: use a configuration without stream-K"
             )
-        self.tiling = cut
+        self.config, self.tiling = config, cut
         self._tokens, self._row_bytes, self._box = tokens, row_bytes, config.tokens
         self._out_bytes = array_type(out_type).bits // 8
         self._n = n
         spec = catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
-        blocks = min(cut.tiles * config.splits, kernels.limits.sm_count)
         self._call = _MapLaunch(kernels.cuda, self.kernel, _GEMM_ARGUMENTS)
-        self._shape = (blocks, config.threads, config.shared_bytes)
+        self._shape = (cut.blocks, config.threads, config.shared_bytes)
         panels = -(-n // PANEL_ROWS)
         self._sizes = (
             tokens,
@@ -123,7 +122,7 @@ class HopperGemm:
             cut.weight_tiles,
             cut.token_tiles,
             config.tile_group,
-            config.splits,
+            cut.streamed,
         )
         self._cuda = kernels.cuda
         # The copy engine writes whole pieces of 16 bytes, also of the last channels of a row.

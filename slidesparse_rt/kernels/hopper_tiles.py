@@ -26,12 +26,13 @@ GROUP_THREADS = 128
 #: Shared memory that stages start at a multiple of.
 _STAGE_ALIGNMENT = 1024
 _MOST_STAGES = 16
-#: Tokens of tiles where there are few, up to so many; and up to how many K' may be split.
+#: Tokens of tiles where there are few, up to so many.
 _LOW_TILES = (16, 32, 64, 128)
 _HIGH_TILES = (128, 160, 192, 208)
 _FEW_TOKENS = 128
 _MANY_TOKENS = 1024
-_MOST_SPLITS = 8
+#: Steps of K' that a block has at least where tiles are shared: sharing costs more than they do.
+_LEAST_STEPS = 4
 #: Tiles of channels side by side, unless something else was faster.
 _BESIDE = 8
 
@@ -51,8 +52,9 @@ class HopperConfig:
     k_groups:
         Whether they share the channels of a tile and take turns at K', instead of having channels
         of their own.
-    splits:
-        Blocks of threads that share a tile, each with a part of K'.
+    stream:
+        Whether blocks of threads share the tiles that would not fill all multiprocessors, each with
+        an equal stretch of their K' ("stream-K").
     tile_group:
         Tiles of channels that are worked on side by side, for the sake of L2.
     """
@@ -61,7 +63,7 @@ class HopperConfig:
     blocks: int
     groups: int = 2
     k_groups: bool = False
-    splits: int = 1
+    stream: bool = False
     tile_group: int = _BESIDE
 
     @property
@@ -131,16 +133,16 @@ class HopperConfig:
             "groups": self.groups,
             "k_groups": self.k_groups,
             "stages": self.stages,
-            "splits": self.splits > 1,
+            "stream": self.stream,
         }
 
     @property
     def name(self) -> str:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
-        split = f", {self.splits} blocks share K'" if self.splits > 1 else ""
+        stream = ", stream-K" if self.stream else ""
         beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
-        return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
+        return f"{self.rows}x{self.tokens}{shared}{stream}{beside}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,10 @@ class Tiling:
     ----------
     weight_tiles, token_tiles:
         Tiles along N and along M.
+    streamed:
+        The first so many are shared among all blocks, the others worked on by one each.
+    blocks:
+        Blocks of threads.
     partial_bytes:
         Memory for the sums of blocks that share a tile; 0 where none do.
     counters:
@@ -159,6 +165,8 @@ class Tiling:
 
     weight_tiles: int
     token_tiles: int
+    streamed: int
+    blocks: int
     partial_bytes: int
     counters: int
 
@@ -168,51 +176,58 @@ class Tiling:
         return self.weight_tiles * self.token_tiles
 
 
-def tiling(config: HopperConfig, n: int, tokens: int) -> Tiling:
-    """Cut a product of ``n`` channels and ``tokens`` tokens."""
+def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count: int) -> Tiling:
+    """Cut a product of ``n`` channels and ``tokens`` tokens for so many multiprocessors."""
     # Channels of a panel alternate between its two blocks of 64, so both are there even if few are.
     rows = -(-n // PANEL_ROWS) * PANEL_ROWS
     weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
     tiles = weight_tiles * token_tiles
-    split = config.splits > 1
-    partial = tiles * config.splits * config.rows * config.tokens * 4 if split else 0
-    return Tiling(weight_tiles, token_tiles, partial, tiles if split else 0)
+    streamed, blocks = 0, min(tiles, sm_count)
+    if config.stream:
+        streamed, blocks = _shared(tiles, slid_bytes // STEP_BYTES, config.turns, sm_count)
+    # Of each block two: of the tile in which it begins, and of the one in which it ends.
+    partial = 2 * blocks * config.rows * config.tokens * 4 if streamed else 0
+    return Tiling(weight_tiles, token_tiles, streamed, blocks, partial, streamed)
+
+
+def _shared(tiles: int, steps: int, turns: int, sm_count: int) -> tuple[int, int]:
+    """How many tiles are shared by all blocks, and how many blocks there are."""
+    if tiles < sm_count:
+        # hopper_gemm.cu cuts tiles at whole turns only.
+        units = tiles * (steps // turns)
+        blocks = min(sm_count, units, tiles * steps // _LEAST_STEPS)
+        return (tiles, blocks) if blocks > tiles else (0, tiles)
+    rest = tiles % sm_count
+    # Of few tiles each would be shared by many blocks, whose sums take long to add up.
+    streamed = rest if 2 * rest >= sm_count or not rest else rest + sm_count
+    able = streamed * (steps // turns) >= sm_count and streamed * steps >= _LEAST_STEPS * sm_count
+    return (streamed if able else 0, sm_count)
 
 
 def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[HopperConfig]:
     """Configurations worth timing for ``n`` channels and ``tokens`` tokens, at least one.
 
-    Few tokens are limited by reading the weight, so tiles are low and K' is shared until every
-    multiprocessor reads; many tokens by shared memory, so tiles are as large as registers allow.
+    Few tokens are limited by reading the weight, so tiles are low; many tokens by shared memory, so
+    tiles are as large as registers allow.
     """
-    steps = slid_bytes // STEP_BYTES
     if tokens <= _FEW_TOKENS:
         width = next(size for size in _LOW_TILES if size >= tokens)
-        found = [HopperConfig(width, 1, 2, True), HopperConfig(width, 1, 2, True, 2)]
+        found = [HopperConfig(width, 1, 2, True)]
         if width < _FEW_TOKENS:
-            found += [HopperConfig(width, 1, 4, True), HopperConfig(width, 1, 4, True, 2)]
+            found.append(HopperConfig(width, 1, 4, True))
         if tokens > _LOW_TILES[0]:
-            found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
+            found.append(HopperConfig(width, 2))
     elif tokens <= _MANY_TOKENS:
         found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
-        for width in _HIGH_TILES[:-1]:
-            found += _shared(HopperConfig(width, 2), n, tokens, sm_count)
-        # With K' split, the highest would spill registers.
-        found.append(HopperConfig(_HIGH_TILES[-1], 2))
+        found += [HopperConfig(width, 2) for width in _HIGH_TILES]
     else:
-        found = [HopperConfig(width, 2) for width in _HIGH_TILES]
-        found += [HopperConfig(width, 2, tile_group=16) for width in _HIGH_TILES[-2:]]
-    able = [
-        config
+        found = [HopperConfig(width, 2) for width in _HIGH_TILES[1:]]
+    found += [
+        replace(config, stream=True)
         for config in found
-        if steps // config.splits >= config.turns
-        and tiling(config, n, tokens).counters <= HOPPER_COUNTERS
+        if tiling(replace(config, stream=True), n, slid_bytes, tokens, sm_count).streamed
     ]
-    return able or [HopperConfig(128, 2)]
-
-
-def _shared(config: HopperConfig, n: int, tokens: int, sm_count: int) -> list[HopperConfig]:
-    """``config``, and with K' split so that its tiles fill the multiprocessors about once."""
-    tiles = tiling(config, n, tokens).tiles
-    splits = min(_MOST_SPLITS, sm_count // tiles)
-    return [config] if splits < 2 else [config, replace(config, splits=splits)]
+    if tokens > _MANY_TOKENS:
+        found.append(HopperConfig(_HIGH_TILES[-1], 2, tile_group=16))
+    steps = slid_bytes // STEP_BYTES
+    return [config for config in found if steps >= config.turns] or [HopperConfig(128, 2)]

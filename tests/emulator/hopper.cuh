@@ -232,7 +232,7 @@ void checked_store(u8* address, T value) {
 inline void store_result(u8* address, u32 a) { checked_store(address, a); }
 inline void store_result(u8* address, uint2 v) { checked_store(address, v); }
 inline void store_result(u8* address, uint4 v) { checked_store(address, v); }
-inline u32 load_shared_by_blocks(const u32* address) { return *address; }
+inline uint4 load_shared_by_blocks(const uint4* address) { return *address; }
 inline uint2 shared_load8(u32 address) {
   uint2 v;
   std::memcpy(&v, shared_at(address, 8), 8);

@@ -155,7 +155,10 @@ emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsi
       int finished = 0;
       // Long enough for the others to come to the next but one thing that they share.
       if (order > 1 && rounds++ % 200 == 0) {
-        random = random * 1664525u + 1013904223u, asleep = (random >> 16) % ((threads + 127) / 128);
+        // Another one than before: the same again and again would look as if nobody could go on.
+        const u32 groups = (threads + 127) / 128, others = groups > 1 ? groups - 1 : 1;
+        random = random * 1664525u + 1013904223u;
+        asleep = (asleep + 1 + (random >> 16) % others) % groups;
       }
       for (int i = 0; i < threads; ++i) {
         const int t = order == 1 ? threads - 1 - i : i;

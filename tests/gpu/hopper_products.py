@@ -151,7 +151,8 @@ class Result:
         self._flat = flat
         #: The result's bits, shape (m, n).
         self.words = flat.as_strided((m, n), (stride, 1))
-        cut = tiling(config, n, m)
+        sm_count = kernels_of(0).limits.sm_count
+        cut = tiling(config, n, operands.slid_bytes, m, sm_count)
         self.partials = Memory(cut.partial_bytes, 0)
         self.counters = Memory(4 * cut.counters, 0)
         self.counters.bytes.zero_()

@@ -17,12 +17,7 @@ from slidesparse_rt.backends import hopper
 from slidesparse_rt.backends.workspace import COUNTER_BYTES
 from slidesparse_rt.kernels.catalog import hopper_pack
 from slidesparse_rt.kernels.hopper import pack_weights
-from slidesparse_rt.kernels.hopper_tiles import (
-    HOPPER_COUNTERS,
-    HopperConfig,
-    configurations,
-    tiling,
-)
+from slidesparse_rt.kernels.hopper_tiles import HopperConfig, configurations
 from slidesparse_rt.kernels.loader import kernels_of
 
 from .common import ON_HOPPER, assert_near, assert_same, data, reference, to_host, to_torch, weight
@@ -56,31 +51,16 @@ def draw():
     return torch.Generator(device="cuda").manual_seed(20)
 
 
-def fitting(config: HopperConfig, row_bytes: int) -> HopperConfig:
-    """``config`` with K' shared as much as rows of so many bytes allow, at most by eight blocks."""
-    if config.splits == 1:
-        return config
-    turns = config.groups if config.k_groups else 1
-    return replace(config, splits=max(2, min(8, -(-row_bytes // 256) // turns)))
-
-
 def least_row_bytes(config: HopperConfig) -> int:
-    """Bytes of K' of which every block and warpgroup gets some; not a multiple of 256."""
-    steps = config.splits * (config.groups if config.k_groups else 1)
-    return 256 * steps - 240
-
-
-def most_token_tiles(config: HopperConfig, n: int) -> int:
-    """Tiles along M that a launch may have."""
-    return HOPPER_COUNTERS // tiling(config, n, 1).tiles if config.splits > 1 else 1 << 20
+    """Bytes of K' of which every warpgroup gets some, and blocks where they share tiles."""
+    return 256 * (12 if config.stream else config.turns) - 240
 
 
 def several_items(config: HopperConfig, n: int) -> int:
     """Tokens for which every block works on several tiles."""
-    across = tiling(config, n, 1).tiles
+    across = -(-n // config.rows)
     sm_count = kernels_of(0).limits.sm_count
-    wanted = -(-5 * sm_count // (2 * across * config.splits))
-    return min(most_token_tiles(config, n), wanted) * config.tokens - 3
+    return -(-5 * sm_count // (2 * across)) * config.tokens - 3
 
 
 @pytest.mark.parametrize(
@@ -100,12 +80,12 @@ def test_every_kernel_is_exact(draw, pair):
         (384, 4096 + 128, 300, 384, 0, False),  # boxes that end at the last channel
         (392, 2048, 513, 416, 32, True),  # and such that do not
         (385, 2048, 64, 416, 0, True),  # rows of the result end within 16 bytes
-        (130, 1024 - 48 if config.splits == 1 else 4096 - 48, 300, 132, 4, True),
+        (130, 4096 - 48, 300, 132, 4, True),
         (1000, least, several_items(config, 1000), 1024, 0, True),
         (1001, least + 256, several_items(config, 1001), 1002, 2, False),
     ):
         held = max(row_bytes, least)
-        used = replace(fitting(config, held), tile_group=(8, 16, 1, 3)[m % 4])
+        used = replace(config, tile_group=(8, 16, 1, 3)[m % 4])
         operands = Operands(draw, dtype, n, held, m, bias=bias)
         result = Result(operands, used, out_type, stride, offset)
         expected = operands.exact(out_type)
@@ -115,7 +95,9 @@ def test_every_kernel_is_exact(draw, pair):
             result.words.fill_(7)
 
 
-@pytest.mark.parametrize("config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, 2)])
+@pytest.mark.parametrize(
+    "config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, stream=True)]
+)
 def test_int8_sums_of_every_size(draw, config):
     """Up to the largest that K allows: far beyond what float32 counts in ones."""
     import torch
@@ -147,12 +129,12 @@ def test_int8_sums_of_every_size(draw, config):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("splits", [1, 3, 8])
-def test_rounded_sums_are_the_same_every_time(draw, dtype, splits):
+@pytest.mark.parametrize("stream", [False, True])
+def test_rounded_sums_are_the_same_every_time(draw, dtype, stream):
     """Whatever else runs, and whichever of the blocks that share a tile finishes last."""
     import torch
 
-    config = HopperConfig(32, 1, 4, True, splits)
+    config = HopperConfig(32, 1, 4, True, stream=stream)
     operands = Operands(draw, dtype, 1000, 8 * 4 * 256, 70, bias=True, make=real)
     results = [Result(operands, config, "float32", 1000, 0) for _ in range(2)]
     stream, beside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -174,7 +156,11 @@ def test_rounded_sums_are_the_same_every_time(draw, dtype, splits):
 
 @pytest.mark.parametrize(
     "config",
-    [HopperConfig(16, 1, 4, True, 2), HopperConfig(64, 2, splits=3), HopperConfig(192, 2)],
+    [
+        HopperConfig(16, 1, 4, True, stream=True),
+        HopperConfig(64, 2, stream=True),
+        HopperConfig(192, 2),
+    ],
     ids=lambda config: config.name.replace(" ", "_"),
 )
 def test_a_graph_repeats_the_launch_with_the_data_of_then(draw, config):
@@ -216,9 +202,8 @@ def drawn(rng, draw):
     config, dtype, out_type = PAIRS[rng.integers(len(PAIRS))]
     least = least_row_bytes(config)
     row_bytes = least + 16 * int(rng.integers(0, 400))
-    config = replace(fitting(config, row_bytes), tile_group=int(rng.choice([1, 2, 8, 16])))
+    config = replace(config, tile_group=int(rng.choice([1, 2, 8, 16])))
     n, m = int(rng.integers(1, 2000)), int(rng.integers(1, rng.choice([40, 300, 1500])))
-    m = min(m, most_token_tiles(config, n) * config.tokens)
     exact = bool(rng.integers(4))
     operands = Operands(
         draw,
@@ -343,7 +328,7 @@ def test_streams_at_once_leave_their_counters_at_zero(monkeypatch):
     import torch
 
     def sharing(*problem):
-        return [config for config in configurations(*problem) if config.splits > 1]
+        return [config for config in configurations(*problem) if config.stream]
 
     monkeypatch.setattr(hopper, "configurations", sharing)
     n, k = 1032, 8216  # this test's own, so that nothing was chosen for it before
@@ -394,5 +379,3 @@ def test_what_is_shipped_is_what_was_tested_here():
     assert {(pair[1], pair[2]) for pair in PAIRS} == {
         (dtype, out_type) for dtype in DTYPES for out_type in OUT_TYPES
     }
-    # Of one channel, the panel's other block comes along where a tile is one block.
-    assert all(tiling(pair[0], 1, 1).tiles == max(1, 128 // pair[0].rows) for pair in PAIRS)
