@@ -148,6 +148,13 @@ SS_DEVICE uint2 shared_load8(u32 address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
-// What was there; one more is there then, or 0 after `most`.
-SS_DEVICE u32 atomic_next(u32* address, u32 most) { return atomicInc(address, most); }
-SS_DEVICE void fence_device() { __threadfence(); }
+// What was there; one more is there then, or 0 after `most`.  Before it comes what this thread knows to
+// be written, after it what others had written when they counted.
+SS_DEVICE u32 atomic_next(u32* address, u32 most) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(address), "r"(most)
+               : "memory");
+  return before;
+}

@@ -16,20 +16,19 @@
 // side.
 //
 // SS_KGROUPS: the warpgroups have the same channels and take turns at steps of 256 bytes of K'; their
-// sums meet in shared memory.  SS_STREAM: tiles that would not fill all multiprocessors are cut into
-// equal stretches of K', one a block, wherever tiles begin and end ("stream-K"); sums of blocks that
-// share a tile meet in `partials`, added by the last to finish, in the order of K': repeated runs give
-// the same bits.
+// sums meet in shared memory.  SS_SPLITS: the tiles that would not fill all multiprocessors are split,
+// several blocks share one, each with a part of K'; their sums meet in `partials`, added by the last to
+// finish, in the order of K': repeated runs give the same bits.
 //
 // Compile-time settings (slidesparse_rt/kernels/catalog.py):
 //   SS_TYPE     int8, E4M3, bfloat16 or float16 (numbers.cuh); SS_OUT float32, float16, bfloat16
 //   SS_TOKENS   tokens of a tile; SS_BLOCKS blocks of 64 channels of a warpgroup, 1 or 2
-//   SS_GROUPS   warpgroups that multiply; SS_KGROUPS and SS_STREAM as above; SS_STAGES stages
+//   SS_GROUPS   warpgroups that multiply; SS_KGROUPS and SS_SPLITS as above; SS_STAGES stages
 #include "hopper.cuh"
 #include "wgmma_sparse.cuh"
 
 constexpr int TOKENS = SS_TOKENS, BLOCKS = SS_BLOCKS, GROUPS = SS_GROUPS, STAGES = SS_STAGES;
-constexpr bool K_GROUPS = SS_KGROUPS, STREAM = SS_STREAM;
+constexpr bool K_GROUPS = SS_KGROUPS, SPLITS = SS_SPLITS;
 constexpr int GROUP_THREADS = 128;
 constexpr bool WIDE = bytes_of(SS_TYPE) == 2;
 constexpr bool INTEGER = SS_TYPE == SS_S8;
@@ -51,18 +50,17 @@ constexpr int PRODUCTS = 2 * BLOCKS;
 // Products of a warpgroup that are under way at a time.
 constexpr int IN_FLIGHT = 2;
 
-// Results leave through shared memory, CHUNK tokens at a time, in boxes of 128 bytes of channels; two
-// buffers a warpgroup.  A warpgroup with one block has every other pair of channels and stores directly.
+// Results leave through shared memory, in boxes of a warp's 32 channels by CHUNK tokens; each warp has two
+// buffers.  A warpgroup with one block has every other pair of channels and stores directly.
 constexpr bool BOXES = BLOCKS == 2;
 constexpr int CHUNK = TOKENS % 32 || OUT_BYTES == 4 ? 16 : 32;
-constexpr int BOX_CHANNELS = 128 / OUT_BYTES;
-constexpr int BOX_BYTES = CHUNK * 128;
-constexpr int BUFFER_BYTES = 64 * BLOCKS / BOX_CHANNELS * BOX_BYTES;
+constexpr int BOX_ROW = 32 * OUT_BYTES;
+constexpr int BOX_BYTES = CHUNK * BOX_ROW;
 
 // Shared memory: stages, result buffers, scales of tokens for each warp, sums of warpgroups, barriers,
 // whether this block is the last of a tile.  kernels/hopper_tiles.py adds up the same.
 constexpr int RESULTS = STAGES * STAGE_BYTES;
-constexpr int SCALES = RESULTS + (BOXES ? GROUPS * 2 * BUFFER_BYTES : 0);
+constexpr int SCALES = RESULTS + (BOXES ? GROUPS * 4 * 2 * BOX_BYTES : 0);
 constexpr int GATHER = SCALES + GROUPS * 4 * TOKENS * 4;
 constexpr int BARRIERS = GATHER + (K_GROUPS ? (GROUPS - 1) * BLOCKS * SUMS * GROUP_THREADS * 4 : 0);
 
@@ -70,8 +68,11 @@ constexpr int BARRIERS = GATHER + (K_GROUPS ? (GROUPS - 1) * BLOCKS * SUMS * GRO
 // Where warpgroups take turns, each stage must therefore always be the same warpgroup's.
 static_assert(!K_GROUPS || STAGES % (2 * GROUPS) == 0, "stages must be whole rounds of turns");
 
-// Names of barriers among warpgroups; STORING + group is one warpgroup's own.
-constexpr u32 GATHER_FULL = 1, GATHER_FREE = 2, PART_WRITTEN = 3, PART_KNOWN = 4, STORING = 5;
+// Names of barriers among warpgroups.
+constexpr u32 GATHER_FULL = 1, GATHER_FREE = 2, PART_WRITTEN = 3, PART_KNOWN = 4;
+
+// Whether there are registers to spare for scale and bias of channels while the last products run.
+constexpr bool EARLY = !SPLITS && BLOCKS * TOKENS <= 384;
 
 // A warpgroup that multiplies may need more registers than an even share, one that loads needs few.
 constexpr bool UNEVEN = GROUPS == 2 && BLOCKS * TOKENS >= 128;
@@ -82,66 +83,34 @@ struct Sums {
 
 struct Shape {
   int tokens, channels, steps, panels;
-  int weight_tiles, token_tiles, group, streamed;
+  int weight_tiles, token_tiles, group;
+  int whole, splits;  // tiles that are not split, and into how many parts of K' the others are
 };
 
 // Which part of the product a block works on.
 struct Item {
   int weight_tile, token_tile;
   int first, count;  // steps of 256 bytes of K'
-  int next;          // where this block goes on
-  int tile, at;      // of a streamed tile: its number, and the units before this part
+  int tile, split;   // of a tile that is split: its number among them, and which part
 };
 
-// The first `streamed` tiles are a row of units, TURNS steps of K' each (the last of a tile has what is
-// left too), which blocks share evenly; the other tiles are dealt out whole, afterwards.  A place in
-// that work is a unit's number, or `units` more than the number of a whole tile after them.
-SS_DEVICE int units_of_tile(const Shape& shape) { return shape.steps / TURNS; }
-SS_DEVICE int units_of(const Shape& shape) { return STREAM ? shape.streamed * units_of_tile(shape) : 0; }
-
-SS_DEVICE int first_unit(u32 block, u32 units, u32 blocks) {
-  const u32 each = units / blocks, rest = units - each * blocks;
-  return block * each + (block < rest ? block : rest);
-}
-
-// The block that has unit `unit`; there are no fewer units than blocks.
-SS_DEVICE u32 block_with(u32 unit, u32 units, u32 blocks) {
-  const u32 each = units / blocks, rest = units - each * blocks, of_longer = rest * (each + 1);
-  return unit < of_longer ? unit / (each + 1) : rest + (unit - of_longer) / each;
-}
-
-SS_DEVICE int first_place(const Shape& shape, u32 block, u32 blocks) {
-  if constexpr (!STREAM) return block;
-  const int units = units_of(shape), first = first_unit(block, units, blocks);
-  return first < units ? first : units + static_cast<int>(block);
-}
-
-SS_DEVICE int end_of_places(const Shape& shape) {
-  return shape.weight_tiles * shape.token_tiles - (STREAM ? shape.streamed : 0) + units_of(shape);
-}
-
-// Tiles in the order in which blocks take them: `group` weight tiles wide, all token tiles deep, so
-// that what runs at a time shares both operands in L2.
-SS_DEVICE Item item_of(int place, const Shape& shape, u32 block, u32 blocks) {
+// Items in the order in which blocks take them: whole tiles, then the parts of the others.  Tiles are
+// numbered `group` weight tiles wide, all token tiles deep, so that what runs at a time shares both
+// operands in L2; blocks read the same parts of K' at about the same time for the same reason.
+SS_DEVICE Item item_of(int index, const Shape& shape) {
   Item item;
-  const int units = units_of(shape);
-  int tile = place;
-  item.first = 0, item.count = shape.steps, item.next = place + blocks, item.at = 0;
-  if constexpr (STREAM) {
-    if (place < units) {
-      const int of_tile = units_of_tile(shape);
-      tile = place / of_tile;
-      const int begin = tile * of_tile, mine = first_unit(block + 1, units, blocks);
-      const int end = mine < begin + of_tile ? mine : begin + of_tile;
-      item.at = place - begin;
-      item.first = item.at * TURNS;
-      item.count = (end == begin + of_tile ? shape.steps : (end - begin) * TURNS) - item.first;
-      item.next = end < mine ? end : units + static_cast<int>(block);
-    } else {
-      tile = place - units + shape.streamed;
+  int tile = index;
+  item.first = 0, item.count = shape.steps, item.tile = 0, item.split = 0;
+  if constexpr (SPLITS) {
+    if (index >= shape.whole) {
+      const int part = index - shape.whole;
+      item.tile = part / shape.splits;
+      item.split = part - item.tile * shape.splits;
+      tile = shape.whole + item.tile;
+      item.first = static_cast<int>(static_cast<u32>(shape.steps) * item.split / shape.splits);
+      item.count = static_cast<int>(static_cast<u32>(shape.steps) * (item.split + 1) / shape.splits) - item.first;
     }
   }
-  item.tile = tile;
   const int of_group = shape.group * shape.token_tiles;
   const int which = tile / of_group, rest = tile - which * of_group;
   const int first = which * shape.group;
@@ -149,6 +118,11 @@ SS_DEVICE Item item_of(int place, const Shape& shape, u32 block, u32 blocks) {
   item.token_tile = rest / width;
   item.weight_tile = first + rest - item.token_tile * width;
   return item;
+}
+
+SS_DEVICE int items_of(const Shape& shape) {
+  const int tiles = shape.weight_tiles * shape.token_tiles;
+  return SPLITS ? shape.whole + (tiles - shape.whole) * shape.splits : tiles;
 }
 
 // The first of a warpgroup's blocks of 64 channels.
@@ -162,11 +136,9 @@ SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& 
                            u32 empty) {
   constexpr int TOGETHER = UNITS > 2 ? 2 : UNITS;  // units side by side in memory
   u32 position = 0;
-  const int end = end_of_places(shape);
-  int place = first_place(shape, blockIdx.x, gridDim.x);
-  while (place < end) {
-    const Item item = item_of(place, shape, blockIdx.x, gridDim.x);
-    place = item.next;
+  const int items = items_of(shape);
+  for (int index = blockIdx.x; index < items; index += gridDim.x) {
+    const Item item = item_of(index, shape);
     for (int stage = 2 * item.first; stage < 2 * (item.first + item.count); ++stage, ++position) {
       const u32 slot = position % STAGES, round = position / STAGES;
       const u32 barrier = full + 8 * slot, target = stages + slot * STAGE_BYTES;
@@ -231,43 +203,35 @@ SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, bool
   if (more) named_barrier_arrive(GATHER_FREE, ALL);
 }
 
-// Blocks that share a tile: true for the last one, which gets the sum, in the order of K'.  A block
-// that begins within a tile leaves its sums in the first of its two parts of `partials`, one that
-// begins with a tile and ends within it in the second.
+// Blocks that share a tile: true for the last one, which gets the sum, in the order of K'.
 SS_DEVICE bool gather_blocks(Sums& sums, const Item& item, int group, int thread, const Shape& shape,
                              uint4* partials, u32* arrived, u32* last) {
   constexpr int WORKERS = K_GROUPS ? 1 : GROUPS;
   constexpr int PIECES = BLOCKS * SUMS / 4;  // of 16 bytes a thread
   constexpr i64 OF_PART = static_cast<i64>(WORKERS) * PIECES * GROUP_THREADS;
-  const u32 blocks = gridDim.x, units = units_of(shape), of_tile = units_of_tile(shape);
-  const u32 begin = item.tile * of_tile;
-  const u32 first = block_with(begin, units, blocks), final = block_with(begin + of_tile - 1, units, blocks);
-  if (first == final) return true;
-  uint4* const own_place = partials + group * PIECES * GROUP_THREADS + thread;
-  uint4* const mine = own_place + (2 * blockIdx.x + (item.at == 0)) * OF_PART;
+  uint4* const of_tile = partials + static_cast<i64>(item.tile) * shape.splits * OF_PART +
+                         group * PIECES * GROUP_THREADS + thread;
+  uint4* const mine = of_tile + item.split * OF_PART;
 #pragma unroll
   for (int i = 0; i < PIECES; ++i) {
     const u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
     mine[i * GROUP_THREADS] = make_uint4(four[0], four[1], four[2], four[3]);
   }
-  fence_device();
   named_barrier(PART_WRITTEN, WORKERS * GROUP_THREADS);
   if (group == 0 && thread == 0) {
-    // All threads' parts before the count, and the count before others' parts.  It is zero again after
-    // the last, at once, so that launches that should not have met leave no trace in it.
-    const u32 most = final - first;
-    fence_device();
+    // After everything that the barrier made this thread see, and before what it lets others do.  The
+    // counter is zero again after the last, at once, so that launches that should not have met leave no
+    // trace in it.
+    const u32 most = shape.splits - 1;
     *last = atomic_next(arrived + item.tile, most) == most;
-    fence_device();
   }
   named_barrier(PART_KNOWN, WORKERS * GROUP_THREADS);
   if (!*last) return false;
-  fence_device();
 #pragma unroll
   for (int i = 0; i < BLOCKS * SUMS; ++i) sums.of[i / SUMS][i % SUMS] = 0;
 #pragma unroll 1
-  for (u32 block = first; block <= final; ++block) {
-    const uint4* const theirs = own_place + (2 * block + (block == first)) * OF_PART;
+  for (int split = 0; split < shape.splits; ++split) {
+    const uint4* const theirs = of_tile + split * OF_PART;
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
       u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
@@ -294,18 +258,24 @@ struct Epilogue {
   int storing;
 };
 
-// Scales of a tile's tokens: a lane has every 32nd.
-struct TokenScales {
-  float of[(TOKENS + 31) / 32];
-};
-
-SS_DEVICE void load_scales(TokenScales& held, const float* scales, int first, int tokens) {
+// Scales of a tile's tokens to this warp's own shared memory; a lane has every 32nd.
+SS_DEVICE void fetch_scales(u32 own_scales, const float* scales, int first, int tokens) {
+  constexpr int EACH = (TOKENS + 31) / 32;
   const int lane = threadIdx.x & 31;
+  float held[EACH];
 #pragma unroll
-  for (int i = 0; i < (TOKENS + 31) / 32; ++i) {
+  for (int i = 0; i < EACH; ++i) {
     const int token = first + 32 * i + lane;
-    held.of[i] = scales && token < tokens ? scales[token] : 1.0f;
+    held[i] = scales && token < tokens ? scales[token] : 1.0f;
   }
+  __syncwarp();  // nobody reads those of the tile before any more
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    if (TOKENS % 32 == 0 || 32 * i + lane < TOKENS) {
+      shared_store4(own_scales + (32 * i + lane) * 4, as_bits(held[i]));
+    }
+  }
+  __syncwarp();
 }
 
 // Scale and bias of the channels that a thread has.
@@ -366,9 +336,8 @@ SS_DEVICE Packed pack_results(const Results& results) {
 
 // Straight to memory.  VECTOR: all of a thread's channels exist, and a token's can be stored at once.
 template <bool VECTOR>
-SS_DEVICE void store_directly(const Sums& sums, u32 scales, int first, int channel, int left,
-                              const Shape& shape, const Epilogue& to) {
-  const Channels channels = channels_of(to, channel, VECTOR ? 2 * BLOCKS : left);
+SS_DEVICE void store_directly(const Sums& sums, const Channels& channels, u32 scales, int first,
+                              int channel, int left, const Shape& shape, const Epilogue& to) {
   const i64 row_bytes = to.out_stride * OUT_BYTES;
   u8* out = to.out + first * row_bytes + static_cast<i64>(channel) * OUT_BYTES;
   int rest = shape.tokens - first;
@@ -406,30 +375,25 @@ SS_DEVICE void store_directly(const Sums& sums, u32 scales, int first, int chann
   }
 }
 
-// Through shared memory, by the copy engine, which leaves out what is beyond the result.  `buffer`: the
-// warpgroup's two buffers.
-SS_DEVICE void store_boxes(const Sums& sums, u32 scales, const Item& item, int group, int thread,
-                           u32 buffer, int channel, int left, const Epilogue& to) {
-  const Channels channels = channels_of(to, channel, left);
-  const int lane = thread & 31, warp = thread >> 5, g = lane >> 2, q = lane & 3;
-  constexpr int WARPS_A_BOX = BOX_CHANNELS / 32;
-  // Of the token's 128 bytes in a box: which 16, before swizzling, and where in them.
-  const int byte = (warp % WARPS_A_BOX * 32 + 4 * g) * OUT_BYTES;
-  const u32 in_box = buffer + warp / WARPS_A_BOX * BOX_BYTES;
-  const int first_channel = block_of(item, group) * 64;
+// Through shared memory, by the copy engine, which leaves out what is beyond the result.  `buffers`: the
+// warp's own two; no other warp is waited for.
+SS_DEVICE void store_boxes(const Sums& sums, const Channels& channels, u32 scales, int first_channel,
+                           int first_token, u32 buffers, const Epilogue& to) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+  const int byte = 4 * g * OUT_BYTES;  // of the token's row in a box
 #pragma unroll
   for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
-    const u32 half = (chunk & 1) * BUFFER_BYTES;
+    const u32 box = buffers + (chunk & 1) * BOX_BYTES;
     // The store before the last has read the buffer that comes next; the tile before may have ended
     // with either buffer.
-    if (thread == 0) {
+    if (lane == 0) {
       if (chunk) {
         stores_wait_read<1>();
       } else {
         stores_wait_read<0>();
       }
     }
-    named_barrier(STORING + group, GROUP_THREADS);
+    __syncwarp();
 #pragma unroll
     for (int j = 0; j < CHUNK / 8; ++j) {
       const uint2 pair = shared_load8(scales + 32 * (chunk * (CHUNK / 8) + j));
@@ -437,7 +401,9 @@ SS_DEVICE void store_boxes(const Sums& sums, u32 scales, const Item& item, int g
       for (int e = 0; e < 2; ++e) {
         const Packed packed = pack_results(finish(sums, channels, pair, chunk * (CHUNK / 8) + j, e));
         const int row = 8 * j + 2 * q + e;
-        const u32 at = in_box + half + row * 128 + (((byte >> 4) ^ (row & 7)) << 4) + (byte & 15);
+        // The swizzle of the copy engine: over 64 bytes pairs of rows differ, over 128 each row.
+        const int swizzled = (byte >> 4) ^ (BOX_ROW == 64 ? row >> 1 & 3 : row & 7);
+        const u32 at = box + row * BOX_ROW + (swizzled << 4) + (byte & 15);
         if constexpr (RESULT_WORDS == 4) {
           shared_store16(at, packed.word[0], packed.word[1], packed.word[2], packed.word[3]);
         } else {
@@ -446,44 +412,40 @@ SS_DEVICE void store_boxes(const Sums& sums, u32 scales, const Item& item, int g
       }
     }
     visible_to_copies();
-    named_barrier(STORING + group, GROUP_THREADS);
-    if (thread == 0) {
-#pragma unroll
-      for (int box = 0; box < 64 * BLOCKS / BOX_CHANNELS; ++box) {
-        store_box(to.map, first_channel + box * BOX_CHANNELS, item.token_tile * TOKENS + chunk * CHUNK,
-                  buffer + half + box * BOX_BYTES);
-      }
+    __syncwarp();
+    if (lane == 0) {
+      store_box(to.map, first_channel, first_token + chunk * CHUNK, box);
       stores_commit();
     }
   }
 }
 
-// `own_scales`: shared memory of this warp for the scales of its tokens.
-SS_DEVICE void write_tile(const Sums& sums, const TokenScales& held, u32 own_scales, u32 buffer,
-                          const Item& item, int group, int thread, const Shape& shape, const Epilogue& to) {
-  const int lane = thread & 31, warp = thread >> 5;
-  const int block = block_of(item, group);
-  const int channel = block / 2 * 128 + 32 * warp + 4 * (lane >> 2) + 2 * (block & 1);
-  const int left = shape.channels - channel;
-  const int first = item.token_tile * TOKENS + 2 * (lane & 3);
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < (TOKENS + 31) / 32; ++i) {
-    if (TOKENS % 32 == 0 || 32 * i + lane < TOKENS) {
-      shared_store4(own_scales + (32 * i + lane) * 4, as_bits(held.of[i]));
-    }
-  }
-  __syncwarp();
+// The first of the 32 channels of which a warp has all, or every other pair.
+SS_DEVICE int first_channel_of(const Item& item, int group, int warp) {
+  return block_of(item, group) / 2 * 128 + 32 * warp;
+}
+// A thread's first channel from there on.
+SS_DEVICE int own_channel(const Item& item, int group) {
+  return 4 * (threadIdx.x >> 2 & 7) + 2 * (block_of(item, group) & 1);
+}
+
+// `own_scales`: shared memory of this warp with the scales of its tokens; `own_buffers`: for its results.
+SS_DEVICE void write_tile(const Sums& sums, const Channels& channels, const Item& item, int group, int warp,
+                          u32 own_scales, u32 own_buffers, const Shape& shape, const Epilogue& to) {
+  const int lane = threadIdx.x & 31;
+  const int first_channel = first_channel_of(item, group, warp), first_token = item.token_tile * TOKENS;
+  const int channel = first_channel + own_channel(item, group), left = shape.channels - channel;
+  const int token = first_token + 2 * (lane & 3);
   const u32 scales = own_scales + 8 * (lane & 3);
   if (BOXES && to.storing == IN_BOXES) {
-    if (block * 64 < shape.channels) {
-      store_boxes(sums, scales, item, group, thread, buffer, channel, left, to);
+    if (first_channel < shape.channels) {
+      store_boxes(sums, channels, scales, first_channel, first_token, own_buffers, to);
     }
   } else if (left > 0) {
     if (to.storing >= SIDE_BY_SIDE && left >= 2 * BLOCKS) {
-      store_directly<true>(sums, scales, first, channel, left, shape, to);
+      store_directly<true>(sums, channels, scales, token, channel, left, shape, to);
     } else {
-      store_directly<false>(sums, scales, first, channel, left, shape, to);
+      store_directly<false>(sums, channels, scales, token, channel, left, shape, to);
     }
   }
   __syncwarp();  // the warp goes on as one: products need it
@@ -495,12 +457,14 @@ SS_KERNEL((GROUPS + 1) * GROUP_THREADS, 1)
 hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__ TensorMap out_map,
             const u8* packed, const float* token_scales, const float* channel_scales, const float* bias,
             u8* out, i64 out_stride, uint4* partials, u32* arrived, int tokens, int channels, int steps,
-            int panels, int weight_tiles, int token_tiles, int tile_group, int streamed, int storing) {
+            int panels, int weight_tiles, int token_tiles, int tile_group, int whole, int splits,
+            int storing) {
   SS_ALIGNED_STAGE(shared);
   const u32 stages = shared_address(shared);
   const u32 full = stages + BARRIERS, empty = full + 8 * STAGES;
   u32* const last = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES);
-  const Shape shape{tokens, channels, steps, panels, weight_tiles, token_tiles, tile_group, streamed};
+  const Shape shape{tokens, channels, steps, panels, weight_tiles, token_tiles, tile_group, whole,
+                    splits};
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < STAGES; ++slot) {
       barrier_init(full + 8 * slot, 1);
@@ -511,7 +475,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   __syncthreads();
 
   // The same for all threads of a warp, and known to be: products need it.
-  const int group = __shfl_sync(0xffffffffu, threadIdx.x / GROUP_THREADS, 0);
+  const int of_all = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = of_all / 4, warp = of_all % 4;
   if (group == GROUPS) {
     if constexpr (UNEVEN) give_registers<24>();
     if (threadIdx.x == GROUPS * GROUP_THREADS) load_stages(&token_map, packed, shape, stages, full, empty);
@@ -523,19 +487,20 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const Epilogue to{token_scales, channel_scales, bias, out, out_stride, &out_map, storing};
   const u32 turn = K_GROUPS ? group : 0;
   const u32 own_units = TOKEN_BYTES + (K_GROUPS ? 0 : group * BLOCKS * UNIT);
-  const u32 own_scales = stages + SCALES + threadIdx.x / 32 * (TOKENS * 4);
-  const u32 own_buffer = stages + RESULTS + group * 2 * BUFFER_BYTES;
+  const u32 own_scales = stages + SCALES + of_all * (TOKENS * 4);
+  const u32 own_buffers = stages + RESULTS + of_all * (2 * BOX_BYTES);
   u32 position = 0;  // stages of all former items
   Sums sums;
   // Fetched one product ahead; products in flight read theirs.
   u32 metadata[4];
   static_assert(IN_FLIGHT + 2 <= 4, "a product's metadata must not be overwritten");
 
-  int place = first_place(shape, blockIdx.x, gridDim.x);
+  int index = blockIdx.x;
   bool fresh = true;
 #pragma unroll 1
   while (true) {
-    const int of_item = item_of(place, shape, blockIdx.x, gridDim.x).count;
+    const bool more = index + static_cast<int>(gridDim.x) < items_of(shape);
+    const int of_item = item_of(index, shape).count;
     const int count = (of_item - static_cast<int>(turn) + TURNS - 1) / TURNS;
     // Rather than telling the first products to ignore what the registers hold: older compilers (CUDA
     // 12.8) then see registers of a product in flight defined, and serialise all products.
@@ -576,10 +541,12 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       at = at_next;
     }
     // Worked out again, so that it occupies no registers in the loop above.
-    const Item item = item_of(opaque(place), shape, blockIdx.x, gridDim.x);
-    const bool more = item.next < end_of_places(shape);
-    TokenScales scales;
-    load_scales(scales, token_scales, item.token_tile * TOKENS, tokens);
+    const Item item = item_of(opaque(index), shape);
+    // What comes from far away, while the last products run.
+    fetch_scales(own_scales, token_scales, item.token_tile * TOKENS, tokens);
+    Channels held;
+    const int channel = first_channel_of(item, group, warp) + own_channel(item, group);
+    if constexpr (EARLY) held = channels_of(to, channel, channels - channel);
     products_wait<0>();
     if (speaks) barrier_arrive(empty + 8 * before);
     position += 2 * of_item;
@@ -589,14 +556,17 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       gather_groups(sums, group, thread, stages + GATHER, fresh, more);
       mine = group == 0;
     }
-    if (STREAM && mine && place < units_of(shape)) {
+    if (SPLITS && mine && index >= whole) {
       mine = gather_blocks(sums, item, K_GROUPS ? 0 : group, thread, shape, partials, arrived, last);
     }
-    if (mine) write_tile(sums, scales, own_scales, own_buffer, item, group, thread, shape, to);
+    if (mine) {
+      if constexpr (!EARLY) held = channels_of(to, channel, channels - channel);
+      write_tile(sums, held, item, group, warp, own_scales, own_buffers, shape, to);
+    }
     if (!more) break;
     fresh = false;
-    place = item.next;
+    index += gridDim.x;
   }
   // Shared memory must outlive the stores that read it.
-  if (BOXES && thread == 0) stores_wait_read<0>();
+  if (BOXES && speaks) stores_wait_read<0>();
 }

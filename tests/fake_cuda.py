@@ -134,9 +134,11 @@ class LaunchingCuda(FakeCuda):
                 "box": tuple(box),
             }
         )
-        # Two dimensions, elements side by side; not interleaved, swizzled over 128 bytes, promoted
-        # to 256 in L2, zeros outside.
-        assert (rank, tuple(steps), modes) == (2, (1, 1), [0, 3, 3, 0])
+        # Two dimensions, elements side by side; not interleaved, swizzled over 64 or 128 bytes,
+        # promoted to 256 in L2, zeros outside.
+        row = box[0] * {0: 1, 6: 2, 7: 4, 9: 2}[kind]
+        swizzle = {64: 2, 128: 3}[row]
+        assert (rank, tuple(steps), modes) == (2, (1, 1), [0, swizzle, 3, 0])
         ctypes.memmove(location, struct.pack("<16q", len(self.maps), *[-1] * 15), 128)
 
     def raw(self, name: str) -> Any:

@@ -46,8 +46,8 @@ def built(folder: Path, program: str) -> str:
 
 
 PRINTED = (
-    *("STAGE_BYTES", "UNITS", "UNIT", "TOKEN_BYTES", "CHUNK", "BOX_CHANNELS", "BOX_BYTES"),
-    *("BUFFER_BYTES", "RESULTS", "SCALES", "GATHER", "BARRIERS"),
+    *("STAGE_BYTES", "UNITS", "UNIT", "TOKEN_BYTES", "CHUNK", "BOX_ROW", "BOX_BYTES"),
+    *("RESULTS", "SCALES", "GATHER", "BARRIERS"),
 )
 
 
@@ -59,7 +59,7 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
     bytes_of = re.search(r"constexpr int bytes_of\(int type\) \{.*?\n\}", numbers, re.DOTALL)
     assert bytes_of is not None
     body = between("constexpr int TOKENS", "// Names of barriers")
-    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "STREAM", "STAGES")
+    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "SPLITS", "STAGES")
     parameters = ", ".join(f"int SS_{name}" for name in names)
     shown = ", ".join(f'\\"{name}\\": %d' for name in PRINTED)
     given_ = ", ".join(f"(int)Kernel::{name}" for name in PRINTED)
@@ -103,11 +103,12 @@ def test_shared_memory_is_what_the_kernel_adds_up(config, constants):
                     # Nothing is spare but barriers of stages that there are not.
                     assert used + 16 * (16 - config.stages) + 12 == config.shared_bytes
             assert of["CHUNK"] == config.chunk(catalog.format_bytes(out_type))
-            assert of["BOX_CHANNELS"] * catalog.format_bytes(out_type) == 128
+            assert of["BOX_ROW"] == 32 * catalog.format_bytes(out_type)
             assert config.tokens % of["CHUNK"] == 0
             # Swizzles count from multiples of 1024 bytes; barriers are 8 bytes.
             for name in ("STAGE_BYTES", "TOKEN_BYTES", "UNIT", "RESULTS", "BOX_BYTES"):
                 assert of[name] % (512 if name == "UNIT" else 1024) == 0, name
+            assert of["BOX_BYTES"] % (8 * of["BOX_ROW"]) == 0
             assert of["SCALES"] % 16 == of["GATHER"] % 16 == of["BARRIERS"] % 8 == 0
 
 
@@ -125,94 +126,60 @@ def test_there_are_enough_stages(config):
 
 @needs_compiler
 def test_every_part_of_a_product_is_worked_on_once(tmp_path):
-    """By the kernel's own text: each block's parts, and which blocks share a tile."""
-    text = between("constexpr int TURNS", "// A stage in shared memory")
-    shape = between("struct Shape {", "// The first of a warpgroup's blocks of 64 channels.")
+    """item_of(), from the kernel's text, over whole grids of tiles."""
+    text = between("struct Shape {", "// The first of a warpgroup's blocks of 64 channels.")
     products = [
-        (*tiles, group, steps, turns, sm_count)
+        (*tiles, group, tiles[0] * tiles[1] - rest, splits)
         for tiles in ((1, 1), (2, 1), (7, 2), (9, 5), (17, 2))
-        for group in (1, 8)
-        for steps in (1, 4, 11, 64)
-        for turns in (1, 2, 4)
-        for sm_count in (1, 3, 16, 132)
-        if steps >= turns
-    ]
-    cuts = [
-        hopper_tiles._shared(weight_tiles * token_tiles, steps, turns, sm_count)
-        for weight_tiles, token_tiles, _, steps, turns, sm_count in products
+        for group in (1, 8, 16)
+        for splits in (1, 2, 3, 11)
+        for rest in {0, 1, tiles[0] * tiles[1]}
     ]
     calls = "\n".join(
-        f"show<{turns}>({{0, 0, {steps}, 0, {weight}, {token}, {group}, {streamed}}}, {blocks});"
-        for (weight, token, group, steps, turns, _), (streamed, blocks) in zip(
-            products, cuts, strict=True
-        )
+        f"show<{'true' if splits > 1 else 'false'}>"
+        f"({{0, 0, 11, 0, {weight}, {token}, {group}, {whole}, {splits}}});"
+        for weight, token, group, whole, splits in products
     )
     program = f"""
     #include <cstdio>
-    using i64 = long long;
     using u32 = unsigned;
     #define SS_DEVICE static
-    template <int GROUPS, bool STREAM> struct Order {{
-    static constexpr bool K_GROUPS = true;
-    {text.replace("constexpr", "static constexpr")}
-    {shape}
-    static void show(Shape shape, int blocks) {{
-      const u32 units = units_of(shape), of_tile = units_of_tile(shape);
-      for (int b = 0; b < blocks; ++b) {{
-        int place = first_place(shape, b, blocks);
-        while (place < end_of_places(shape)) {{
-          const Item item = item_of(place, shape, b, blocks);
-          u32 first = b, final = b;
-          if (place < static_cast<int>(units)) {{
-            first = block_with(item.tile * of_tile, units, blocks);
-            final = block_with((item.tile + 1) * of_tile - 1, units, blocks);
-          }}
-          std::printf("%d %d %d %d %d %d %u %u\\n", b, item.tile, item.weight_tile, item.token_tile,
-                      item.first, item.count, first, final);
-          place = item.next;
-        }}
+    template <bool SPLITS> struct Order {{
+    {text}
+    static void show(Shape shape) {{
+      for (int i = 0; i < items_of(shape); ++i) {{
+        const Item item = item_of(i, shape);
+        std::printf("%d %d %d %d %d %d\\n", item.weight_tile, item.token_tile, item.first,
+                    item.count, i < shape.whole ? -1 : item.tile, item.split);
       }}
       std::printf("end\\n");
     }}
     }};
-    template <int TURNS> void show(typename Order<TURNS, true>::Shape shape, int blocks) {{
-      Order<TURNS, true>::show(shape, blocks);
+    template <bool SPLITS> void show(typename Order<SPLITS>::Shape shape) {{
+      Order<SPLITS>::show(shape);
     }}
     int main() {{ {calls} }}
     """
     runs = built(tmp_path, program).split("end\n")[:-1]
     assert len(runs) == len(products)
-    assert any(streamed == 0 for streamed, _ in cuts)
-    for product, (streamed, blocks), run in zip(products, cuts, runs, strict=True):
-        weight_tiles, token_tiles, _, steps, turns, sm_count = product
-        assert blocks <= sm_count
-        parts = [tuple(map(int, line.split())) for line in run.splitlines()]
-        assert {part[0] for part in parts} == set(range(blocks))  # none has nothing to do
-        done: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-        for block, tile, weight, token, first, count, *sharing in parts:
-            assert count >= turns
-            assert (tile < streamed) or count == steps
-            done.setdefault((weight, token), []).append((first, count, block))
-            assert sharing[0] <= block <= sharing[1]
-        assert len(done) == weight_tiles * token_tiles
-        for stretches in done.values():
-            # End to end, in the order of blocks.
-            assert [first for first, _, _ in sorted(stretches)] == [
-                sum(count for _, count, _ in sorted(stretches)[:i]) for i in range(len(stretches))
-            ]
-            assert sum(count for _, count, _ in stretches) == steps
-            assert [block for *_, block in sorted(stretches)] == sorted(
-                block for *_, block in stretches
-            )
-        for _, tile, weight, token, *_, first_block, final_block in parts:
-            found = sorted(block for *_, block in done[weight, token])
-            assert found == list(range(first_block, final_block + 1)), (product, tile)
-        # Nobody has much more to do than others.
-        work: Counter[int] = Counter()
-        for block, _, _, _, _, count, _, _ in parts:
-            work[block] += count
-        if streamed:
-            assert max(work.values()) - min(work.values()) <= steps + 2 * turns
+    for (weight_tiles, token_tiles, _, whole, splits), run in zip(products, runs, strict=True):
+        steps: Counter[tuple[int, int, int]] = Counter()
+        shared: dict[int, list[tuple[int, ...]]] = {}
+        for line in run.splitlines():
+            weight, token, first, count, tile, split = map(int, line.split())
+            assert count >= 11 // splits
+            steps.update((weight, token, step) for step in range(first, first + count))
+            if splits > 1 and tile >= 0:
+                shared.setdefault(tile, []).append((split, first, weight, token))
+        assert set(steps.values()) == {1}
+        assert len(steps) == weight_tiles * token_tiles * 11
+        # Each shared tile has a number, and its parts are numbered in the order of K'.
+        if splits > 1:
+            assert sorted(shared) == list(range(weight_tiles * token_tiles - whole))
+        for parts in shared.values():
+            assert [part[0] for part in sorted(parts)] == list(range(splits))
+            assert sorted(part[1] for part in parts) == [part[1] for part in sorted(parts)]
+            assert len({part[2:] for part in parts}) == 1
 
 
 # --- which configurations there are ---------------------------------------------------------------
@@ -238,11 +205,15 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         assert (cut.weight_tiles - 1) * config.rows < rows <= cut.weight_tiles * config.rows
         assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
         assert cut.tiles == cut.weight_tiles * cut.token_tiles
-        assert cut.blocks <= sm_count
-        assert config.stream == (cut.streamed > 0)
-        assert cut.counters == cut.streamed <= min(cut.tiles, hopper_tiles.HOPPER_COUNTERS)
-        parts = 2 * cut.blocks if config.stream else 0
-        assert cut.partial_bytes == parts * 4 * config.rows * config.tokens
+        assert cut.blocks == min(cut.items, sm_count)
+        assert config.split == (cut.splits > 1)
+        assert cut.splits <= hopper_tiles.MOST_SPLITS
+        assert steps // cut.splits >= config.turns
+        # All that fill the multiprocessors are whole.
+        rest = cut.tiles % sm_count if config.split else 0
+        assert cut.counters == cut.tiles - cut.whole == rest <= hopper_tiles.HOPPER_COUNTERS
+        assert cut.items == cut.whole + rest * cut.splits
+        assert cut.partial_bytes == rest * cut.splits * 4 * config.rows * config.tokens
         # What was timed for a bucket also runs fewer tokens.
         for tokens in (bucket // 2 + 1, bucket):
             HopperGemm(kernels, "int8", "float32", n, slid_bytes, slid_bytes, tokens, config)
@@ -270,28 +241,26 @@ def test_few_tokens_share_k_and_many_do_not():
 
 
 @pytest.mark.parametrize(
-    ("tiles", "steps", "turns", "expected"),
+    ("config", "n", "steps", "tokens", "whole", "splits"),
     [
-        (28, 111, 1, (28, 132)),  # fewer tiles than multiprocessors
-        (28, 4, 1, (0, 28)),  # too short to share
-        (28, 8, 1, (28, 56)),
-        (28, 8, 4, (28, 56)),
-        (1, 5, 4, (0, 1)),  # one turn
-        (132, 21, 1, (0, 132)),  # they come out even
-        (264, 21, 1, (0, 132)),
-        (148, 21, 1, (148, 132)),  # few are left over
-        (200, 21, 1, (68, 132)),  # many are
-        (200, 2, 1, (0, 132)),  # a block would have one step of them
+        (HopperConfig(128, 2), 3584, 111, 256, 0, 4),  # 28 tiles: 112 parts
+        (HopperConfig(128, 2), 3584, 3, 256, 28, 1),  # too short to share
+        (HopperConfig(16, 1, 2, True), 3584, 111, 16, 0, 7),  # 56 tiles: three rounds of 131
+        (HopperConfig(208, 2), 3584, 111, 2048, 132, 8),  # 8 of 140 tiles are left over
+        (HopperConfig(208, 2), 128 * 256, 111, 208, 128, 1),  # 128 of 132: as good as all
+        (HopperConfig(208, 2), 132 * 256, 111, 208, 132, 1),
     ],
 )
-def test_how_many_tiles_are_shared(tiles, steps, turns, expected):
-    assert hopper_tiles._shared(tiles, steps, turns, 132) == expected
+def test_how_tiles_are_shared(config, n, steps, tokens, whole, splits):
+    cut = tiling(replace(config, split=True), n, 256 * steps, tokens, 132)
+    assert (cut.whole, cut.splits) == (whole, splits)
+    assert tiling(config, n, 256 * steps, tokens, 132).whole == cut.tiles
 
 
 def test_names_tell_configurations_apart():
     assert HopperConfig(208, 2).name == "256x208"
-    assert HopperConfig(16, 1, 4, True, stream=True).name == (
-        "64x16, 4 warpgroups share K', stream-K"
+    assert HopperConfig(16, 1, 4, True, split=True).name == (
+        "64x16, 4 warpgroups share K', the last share K'"
     )
     assert len({config.name for config in CONFIGS}) == len(CONFIGS)
 
@@ -301,4 +270,4 @@ def test_a_configuration_is_kept_as_it_was_made():
     assert (config.rows, config.threads, config.gather_bytes) == (64, 640, 3 * 32 * 128 * 4)
     assert HopperConfig(64, 2).rows == 256
     assert HopperConfig(64, 2).gather_bytes == 0
-    assert replace(config, stream=True).shared_bytes == config.shared_bytes
+    assert replace(config, split=True).shared_bytes == config.shared_bytes

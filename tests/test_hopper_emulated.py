@@ -16,6 +16,7 @@ from hopper_cases import DTYPES, OUT_TYPES, shipped
 from kernel_checks import POISON
 
 from slidesparse_rt.dtypes import array_type, operand
+from slidesparse_rt.kernels import hopper_tiles
 from slidesparse_rt.kernels.hopper import HopperGemm
 from slidesparse_rt.kernels.hopper_layout import pack
 from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES, HopperConfig, tiling
@@ -127,7 +128,7 @@ def test_every_tile_is_exact(number: int) -> None:
     )
     rng = np.random.default_rng(number)
     dtype, out_type = DTYPES[number % len(DTYPES)], OUT_TYPES[number % len(OUT_TYPES)]
-    steps = 7 if config.stream else config.turns
+    steps = 7 if config.split else config.turns
     least = 256 * steps - 240
     # Two tiles of channels, so that every multiprocessor has more than one tile.
     n = config.rows + 72
@@ -147,7 +148,7 @@ def test_every_tile_is_exact(number: int) -> None:
     "config",
     [
         HopperConfig(16, 1, 2, True),
-        HopperConfig(16, 1, 4, True, stream=True),
+        HopperConfig(16, 1, 4, True, split=True),
         HopperConfig(64, 1, 4, True),
         HopperConfig(32, 2),
         HopperConfig(208, 2),
@@ -165,28 +166,34 @@ def test_warpgroups_may_be_late(config: HopperConfig, uneven: int) -> None:
     check_product(machine, product, config, "bfloat16", 300)
 
 
-@pytest.mark.parametrize("uneven", [2, 3])
 @pytest.mark.parametrize(
     "config",
     [HopperConfig(16, 1, 2, True), HopperConfig(64, 1, 4, True), HopperConfig(64, 2)],
     ids=lambda config: config.name,
 )
 @pytest.mark.parametrize(
-    ("sm_count", "n", "m", "steps"),
+    ("sm_count", "n", "m", "steps", "splits"),
     [
-        (16, 70, 5, 64),  # one tile or two, which many blocks share
-        (5, 700, 130, 9),  # some tiles are shared, some are whole
-        (11, 600, 150, 15),
-        (7, 1000, 70, 23),
+        (16, 70, 5, 64, 16),  # one tile or two, which many blocks share
+        (5, 700, 130, 9, 2),  # some tiles are shared, some are whole
+        (11, 600, 150, 15, 3),
+        (7, 1000, 70, 23, 5),
     ],
 )
 def test_tiles_that_blocks_share(
-    config: HopperConfig, sm_count: int, n: int, m: int, steps: int, uneven: int
+    config: HopperConfig,
+    sm_count: int,
+    n: int,
+    m: int,
+    steps: int,
+    splits: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = replace(config, stream=True)
-    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, uneven=uneven)
+    config = replace(config, split=True)
+    monkeypatch.setattr(hopper_tiles, "_splits", lambda *_: splits)
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, uneven=2)
     product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
-    assert tiling(config, n, product.slid_bytes, m, sm_count).streamed
+    assert tiling(config, n, product.slid_bytes, m, sm_count).splits == splits
     check_product(machine, product, config, "bfloat16", n)
 
 

@@ -41,7 +41,7 @@ def test_the_layout_of_arguments_is_the_kernel_s():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_type", OUT_TYPES)
 def test_a_launch_says_everything(kernels, dtype, out_type):
-    config = HopperConfig(64, 2, stream=True, tile_group=5)
+    config = HopperConfig(64, 2, split=True, tile_group=5)
     gemm = HopperGemm(kernels, dtype, out_type, 1000, 4096, 4000, 130, config)
     assert kernels.loaded == [(spec_of(config, dtype, out_type), config.shared_bytes)]
     assert gemm.tiling == tiling(config, 1000, 4096, 130, 132)
@@ -50,7 +50,7 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
     launch = kernels.cuda.launches[0]
     assert launch == {
         "function": 701,
-        "blocks": 4 * 3 * 16 // 4,
+        "blocks": 4 * 3 * 4,
         "threads": 3 * 128,
         "shared": config.shared_bytes,
         "stream": 99,
@@ -58,7 +58,7 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
         "values": [
             *(0x1000, 0x3000, 0x4000, 0x5000, 0x6000, 1024, 0x70000, 0x80000),
             *(130, 1000, 16, 8),  # tokens, channels, steps, panels
-            *(4, 3, 5, 12),  # tiles of channels and of tokens, group, shared tiles
+            *(4, 3, 5, 0, 4),  # tiles of channels and of tokens, group, whole tiles, splits
             2,  # in boxes
         ],
     }
@@ -76,7 +76,7 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
             "address": 0x6000,
             "extents": (1000, 130),
             "stride": (1024 * size,),
-            "box": (128 // size, 16 if size == 4 else 32),
+            "box": (32, 16 if size == 4 else 32),
         },
     ]
 
@@ -176,7 +176,7 @@ def test_rows_of_other_lengths_are_refused(kernels, slid_bytes, row_bytes):
 
 @pytest.mark.parametrize(
     ("config", "steps", "turns"),
-    [(HopperConfig(16, 1, 4, True), 3, 4), (HopperConfig(16, 1, 2, True, stream=True), 1, 2)],
+    [(HopperConfig(16, 1, 4, True), 3, 4), (HopperConfig(16, 1, 2, True, split=True), 1, 2)],
 )
 def test_each_warpgroup_has_a_step(kernels, config, steps, turns):
     sizes = (256 * steps, 256 * steps, 1)
@@ -191,11 +191,10 @@ def test_each_warpgroup_has_a_step(kernels, config, steps, turns):
 
 
 def test_tiles_that_blocks_share_have_counters():
-    config, sizes = HopperConfig(128, 2, stream=True), (64, 2048, 2048)
-    HopperGemm(FakeKernels(1024), "int8", "float32", *sizes, 128 * (2 * 1024 - 1), config)
-    kernels = FakeKernels(2000)
-    with pytest.raises(OptionError, match=r"shares 2999 tiles among blocks; allowed are 2048"):
-        HopperGemm(kernels, "int8", "float32", *sizes, 128 * 2999, config)
+    config, sizes = HopperConfig(128, 2, split=True), (64, 1 << 20, 1 << 20)
+    HopperGemm(FakeKernels(10_000), "int8", "float32", *sizes, 128 * 2048, config)
+    with pytest.raises(OptionError, match=r"splits 2049 tiles among blocks; allowed are 2048"):
+        HopperGemm(FakeKernels(10_000), "int8", "float32", *sizes, 128 * 2049, config)
 
 
 def test_products_that_kernels_cannot_count_are_refused(kernels):

@@ -295,7 +295,7 @@ def hopper_gemm(
     groups: int,
     k_groups: bool,
     stages: int,
-    stream: bool,
+    splits: bool,
 ) -> KernelSpec:
     """Return the sparse GEMM for Hopper.
 
@@ -305,7 +305,7 @@ def hopper_gemm(
         Operand: "int8", "fp8_e4m3", "bf16" or "fp16".
     out_type:
         "float32", "float16" or "bfloat16".
-    tokens, blocks, groups, k_groups, stream:
+    tokens, blocks, groups, k_groups, splits:
         See :class:`slidesparse_rt.kernels.hopper_tiles.HopperConfig`.
     stages:
         Stages of tokens in shared memory.
@@ -324,7 +324,7 @@ def hopper_gemm(
         GROUPS=groups,
         KGROUPS=int(k_groups),
         STAGES=stages,
-        STREAM=int(stream),
+        SPLITS=int(splits),
     )
 
 

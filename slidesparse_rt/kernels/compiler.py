@@ -16,9 +16,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from typing import Any, ClassVar
 from ..errors import CompileError
 from ..ffi.checked import CLibrary, Function, declare, functions
 from ..ffi.libraries import load, version_text
+from ..user_cache import cache_folder, write_whole
 from .catalog import KernelSpec
 
 __all__ = [
@@ -247,10 +246,7 @@ class CompiledKernel:
 
 def default_directory() -> Path | None:
     """Return where compiled kernels are kept: in the user's cache; ``None`` without a home."""
-    try:
-        return Path.home() / ".cache" / "slidesparse_rt" / "kernels"
-    except RuntimeError:
-        return None
+    return cache_folder("kernels")
 
 
 class Compiler:
@@ -354,20 +350,15 @@ class Compiler:
             return None
 
     def _keep(self, compiled: CompiledKernel) -> None:
-        """Write a compiled kernel aside, then rename it: a reader sees all of it or nothing."""
+        """Keep a compiled kernel for the next process, where that is possible."""
         if self._directory is None:
             return
         facts = {"sha256": hashlib.sha256(compiled.cubin).hexdigest(), "log": compiled.log}
         with contextlib.suppress(OSError):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=self._directory, suffix=".part")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(json.dumps(facts).encode() + b"\n" + compiled.cubin)
-                Path(aside).replace(self._directory / f"{compiled.key}.cubin")
-            except OSError:
-                Path(aside).unlink(missing_ok=True)
-                raise
+            write_whole(
+                self._directory / f"{compiled.key}.cubin",
+                json.dumps(facts).encode() + b"\n" + compiled.cubin,
+            )
 
 
 def compile_cubin(

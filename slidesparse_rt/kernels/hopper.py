@@ -14,7 +14,7 @@ from ..errors import OptionError, ShapeError
 from . import catalog
 from .geometry import MAX_INT
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES
-from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, HopperConfig, tiling
+from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, MOST_SPLITS, HopperConfig, tiling
 from .launch import Launch, argument_offsets
 from .loader import Cuda, Kernel, KernelCache
 
@@ -23,17 +23,20 @@ __all__ = ["HOPPER_PACK_ARGUMENTS", "HopperGemm", "pack_weights"]
 #: Kernel arguments of hopper_pack as codes of struct.
 HOPPER_PACK_ARGUMENTS = "QqQqi"
 #: Those of hopper_gemm after the tensor map.
-_GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiii"
+_GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiiii"
 _MAP_BYTES = 128
 _MAP_ALIGNMENT = 64
 #: Bytes that addresses, strides and row lengths of results stored in boxes are multiples of.
 _OUT_MULTIPLE = 16
+#: Channels of a box of results: those of a warp.
+_BOX_CHANNELS = 32
 
 # cuda.h: CUtensorMapDataType, ...Interleave, ...Swizzle, ...L2promotion, ...FloatOOBfill
 _UINT8 = 0
 _MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}
 _NOT_INTERLEAVED = 0
-_SWIZZLE_128B = 3
+#: Rows of a box are swizzled over all their bytes.
+_SWIZZLES = {64: 2, 128: 3}
 _PROMOTE_256B = 3
 _FILL_ZEROS = 0
 
@@ -98,12 +101,12 @@ class HopperGemm:
                 f"are {steps}; use a configuration whose warpgroups do not share K'"
             )
         cut = tiling(config, n, slid_bytes, tokens, kernels.limits.sm_count)
-        if cut.tiles + cut.streamed * steps > MAX_INT // 2 or tokens > MAX_INT - 256:
+        if cut.items > MAX_INT // 2 or tokens > MAX_INT - 256 or steps > MAX_INT // MOST_SPLITS:
             raise ShapeError(f"{tokens} tokens by {n} channels are too many for one launch")
         if cut.counters > HOPPER_COUNTERS:
             raise OptionError(
-                f"{config.name} shares {cut.counters} tiles among blocks; allowed are "
-                f"{HOPPER_COUNTERS}: use a configuration without stream-K"
+                f"{config.name} splits {cut.counters} tiles among blocks; allowed are "
+                f"{HOPPER_COUNTERS}: use a configuration that splits none"
             )
         self.config, self.tiling = config, cut
         self._tokens, self._row_bytes, self._box = tokens, row_bytes, config.tokens
@@ -122,13 +125,14 @@ class HopperGemm:
             cut.weight_tiles,
             cut.token_tiles,
             config.tile_group,
-            cut.streamed,
+            cut.whole,
+            cut.splits,
         )
         self._cuda = kernels.cuda
         # The copy engine writes whole pieces of 16 bytes, also of the last channels of a row.
         self._row_bytes_out = n * self._out_bytes
         self._boxes = config.blocks == 2 and self._row_bytes_out % _OUT_MULTIPLE == 0
-        self._out_box = (128 // self._out_bytes, config.chunk(self._out_bytes))
+        self._out_box = (_BOX_CHANNELS, config.chunk(self._out_bytes))
         self._out_kind = _MAP_TYPES[out_type]
         self._token_map: _TensorMap | None = None
         self._out_map: _TensorMap | None = None
@@ -171,6 +175,7 @@ class HopperGemm:
                 tokens,
                 _UINT8,
                 tokens,
+                1,
                 (self._row_bytes, self._tokens),
                 self._row_bytes,
                 (STAGE_BYTES, self._box),
@@ -188,6 +193,7 @@ class HopperGemm:
                     (out, out_stride),
                     self._out_kind,
                     out,
+                    self._out_bytes,
                     (self._n, self._tokens),
                     width,
                     self._out_box,
@@ -240,7 +246,7 @@ def pack_weights(
 
 
 class _TensorMap:
-    """A CUtensorMap of a matrix, whose boxes have rows of 128 bytes, swizzled.
+    """A CUtensorMap of a matrix, whose boxes have rows of 64 or 128 bytes, swizzled.
 
     Parameters
     ----------
@@ -250,8 +256,8 @@ class _TensorMap:
         What it was made from.
     kind:
         CUtensorMapDataType.
-    address, extents, stride:
-        The matrix: where it lies, (columns, rows), bytes from row to row.
+    address, size, extents, stride:
+        The matrix: where it lies, bytes of an element, (columns, rows), bytes from row to row.
     box:
         (columns, rows) of a box.
     """
@@ -264,6 +270,7 @@ class _TensorMap:
         key: object,
         kind: int,
         address: int,
+        size: int,
         extents: tuple[int, int],
         stride: int,
         box: tuple[int, int],
@@ -284,7 +291,7 @@ class _TensorMap:
             two(*box),
             two(1, 1),
             _NOT_INTERLEAVED,
-            _SWIZZLE_128B,
+            _SWIZZLES[box[0] * size],
             _PROMOTE_256B,
             _FILL_ZEROS,
         )

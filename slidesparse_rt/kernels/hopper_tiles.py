@@ -11,6 +11,7 @@ __all__ = [
     "GROUP_THREADS",
     "HOPPER_COUNTERS",
     "HOPPER_SHARED_BYTES",
+    "MOST_SPLITS",
     "HopperConfig",
     "Tiling",
     "configurations",
@@ -31,8 +32,14 @@ _LOW_TILES = (16, 32, 64, 128)
 _HIGH_TILES = (128, 160, 192, 208)
 _FEW_TOKENS = 128
 _MANY_TOKENS = 1024
-#: Steps of K' that a block has at least where tiles are shared: sharing costs more than they do.
-_LEAST_STEPS = 4
+#: Parts of K' at most; a block has at least so many steps of it.
+MOST_SPLITS = 16
+_LEAST_STEPS = 2
+#: To choose the number of parts: bytes a clock of operands from L2 (docs/hopper-kernel.md, "The
+#: budget"), of sums that all write and of sums that few read; clocks for blocks to learn of each other.
+_INGRESS, _WRITTEN, _READ, _SHARING_CLOCKS = 64, 32, 64, 3000
+#: What must be left of the time that the last tiles take, for sharing them to be worth a try.
+_WORTHWHILE = 0.85
 #: Tiles of channels side by side, unless something else was faster.
 _BESIDE = 8
 
@@ -52,9 +59,9 @@ class HopperConfig:
     k_groups:
         Whether they share the channels of a tile and take turns at K', instead of having channels
         of their own.
-    stream:
+    split:
         Whether blocks of threads share the tiles that would not fill all multiprocessors, each with
-        an equal stretch of their K' ("stream-K").
+        a part of their K'.
     tile_group:
         Tiles of channels that are worked on side by side, for the sake of L2.
     """
@@ -63,7 +70,7 @@ class HopperConfig:
     blocks: int
     groups: int = 2
     k_groups: bool = False
-    stream: bool = False
+    split: bool = False
     tile_group: int = _BESIDE
 
     @property
@@ -91,7 +98,7 @@ class HopperConfig:
     @property
     def extra_bytes(self) -> int:
         """Shared memory beside the stages: results, token scales, sums, barriers."""
-        # Two buffers a warpgroup, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
+        # Two buffers a warp, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
         results = self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
         barriers = _MOST_STAGES * 16 + 16
         return results + self.groups * 4 * self.tokens * 4 + self.gather_bytes + barriers
@@ -133,16 +140,16 @@ class HopperConfig:
             "groups": self.groups,
             "k_groups": self.k_groups,
             "stages": self.stages,
-            "stream": self.stream,
+            "splits": self.split,
         }
 
     @property
     def name(self) -> str:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
-        stream = ", stream-K" if self.stream else ""
+        split = ", the last share K'" if self.split else ""
         beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
-        return f"{self.rows}x{self.tokens}{shared}{stream}{beside}"
+        return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,27 +160,35 @@ class Tiling:
     ----------
     weight_tiles, token_tiles:
         Tiles along N and along M.
-    streamed:
-        The first so many are shared among all blocks, the others worked on by one each.
+    whole, splits:
+        Tiles that one block works on, the first ones, and by how many blocks each other is shared.
     blocks:
         Blocks of threads.
     partial_bytes:
         Memory for the sums of blocks that share a tile; 0 where none do.
-    counters:
-        How many 32-bit counters, zero before the first launch, they need.
     """
 
     weight_tiles: int
     token_tiles: int
-    streamed: int
+    whole: int
+    splits: int
     blocks: int
     partial_bytes: int
-    counters: int
 
     @property
     def tiles(self) -> int:
         """Tiles of the product."""
         return self.weight_tiles * self.token_tiles
+
+    @property
+    def counters(self) -> int:
+        """How many 32-bit counters, zero before the first launch, shared tiles need."""
+        return self.tiles - self.whole
+
+    @property
+    def items(self) -> int:
+        """Whole tiles and parts of the others."""
+        return self.whole + self.counters * self.splits
 
 
 def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count: int) -> Tiling:
@@ -182,26 +197,46 @@ def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
     rows = -(-n // PANEL_ROWS) * PANEL_ROWS
     weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
     tiles = weight_tiles * token_tiles
-    streamed, blocks = 0, min(tiles, sm_count)
-    if config.stream:
-        streamed, blocks = _shared(tiles, slid_bytes // STEP_BYTES, config.turns, sm_count)
-    # Of each block two: of the tile in which it begins, and of the one in which it ends.
-    partial = 2 * blocks * config.rows * config.tokens * 4 if streamed else 0
-    return Tiling(weight_tiles, token_tiles, streamed, blocks, partial, streamed)
+    whole, splits = tiles, 1
+    if config.split and tiles % sm_count:
+        rest = tiles % sm_count
+        splits = _splits(config, rest, slid_bytes // STEP_BYTES, sm_count)
+        whole -= rest if splits > 1 else 0
+    parts = (tiles - whole) * splits
+    return Tiling(
+        weight_tiles,
+        token_tiles,
+        whole,
+        splits,
+        min(whole + parts, sm_count),
+        parts * config.rows * config.tokens * 4,
+    )
 
 
-def _shared(tiles: int, steps: int, turns: int, sm_count: int) -> tuple[int, int]:
-    """How many tiles are shared by all blocks, and how many blocks there are."""
-    if tiles < sm_count:
-        # hopper_gemm.cu cuts tiles at whole turns only.
-        units = tiles * (steps // turns)
-        blocks = min(sm_count, units, tiles * steps // _LEAST_STEPS)
-        return (tiles, blocks) if blocks > tiles else (0, tiles)
-    rest = tiles % sm_count
-    # Of few tiles each would be shared by many blocks, whose sums take long to add up.
-    streamed = rest if 2 * rest >= sm_count or not rest else rest + sm_count
-    able = streamed * (steps // turns) >= sm_count and streamed * steps >= _LEAST_STEPS * sm_count
-    return (streamed if able else 0, sm_count)
+def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
+    """By how many blocks each of fewer ``tiles`` than multiprocessors is shared best; 1: by none."""
+    reads = config.rows // 64 * 2 * (config.tokens // 2 + 16)
+    loads = (config.rows * 80 + config.tokens * STAGE_BYTES) // _INGRESS
+    of_tile = 2 * steps * max(reads, loads)
+    part_bytes = config.rows * config.tokens * 4
+
+    def clocks(splits: int) -> float:
+        # The last block of a tile reads what all have written.
+        sharing = part_bytes / _WRITTEN + splits * part_bytes / _READ
+        return _left(tiles, splits, sm_count) * of_tile + sharing + _SHARING_CLOCKS
+
+    able = [
+        splits
+        for splits in range(2, MOST_SPLITS + 1)
+        if steps // splits >= max(config.turns, _LEAST_STEPS)
+        and _left(tiles, splits, sm_count) <= _WORTHWHILE
+    ]
+    return min(able, key=clocks, default=1)
+
+
+def _left(tiles: int, splits: int, sm_count: int) -> float:
+    """What is left of a tile's time where each is shared by so many blocks."""
+    return -(-tiles * splits // sm_count) / splits
 
 
 def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[HopperConfig]:
@@ -223,9 +258,9 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     else:
         found = [HopperConfig(width, 2) for width in _HIGH_TILES[1:]]
     found += [
-        replace(config, stream=True)
+        replace(config, split=True)
         for config in found
-        if tiling(replace(config, stream=True), n, slid_bytes, tokens, sm_count).streamed
+        if tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count).splits > 1
     ]
     if tokens > _MANY_TOKENS:
         found.append(HopperConfig(_HIGH_TILES[-1], 2, tile_group=16))

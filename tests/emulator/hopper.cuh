@@ -161,19 +161,20 @@ inline std::vector<std::vector<Store>>& my_stores() {
   return groups;
 }
 inline void store_box(const TensorMap* map, int column, int row, u32 source) {
-  if (source % 1024) complain("a swizzled box that is not aligned");
+  if (source % (8 * map->box_bytes())) complain("a swizzled box that is not aligned");
   my_stores().back().push_back({map, column, row, source});
 }
 inline void stores_commit() { my_stores().emplace_back(); }
 inline void store_now(const Store& store) {
   const TensorMap& map = *store.map;
   for (int r = 0; r < map.box_rows(); ++r) {
-    for (int b = 0; b < 128; ++b) {
+    for (int b = 0; b < map.box_bytes(); ++b) {
       const i64 at = static_cast<i64>(store.column) * map.size() + b;
+      const u32 from = store.source + r * map.box_bytes() + b;
       // Pieces of 16 bytes that begin within the row are written whole.
       if (store.row + r < map.rows() && at / 16 * 16 < map.row_bytes()) {
         map.address()[(store.row + r) * map.stride() + at] =
-            machine.shared_base[swizzled_128(store.source + r * 128 + b)];
+            machine.shared_base[map.box_bytes() == 64 ? swizzled_64(from) : swizzled_128(from)];
       }
     }
   }
@@ -243,4 +244,3 @@ inline u32 atomic_next(u32* address, u32 most) {
   *address = before >= most ? 0 : before + 1;
   return before;
 }
-inline void fence_device() {}

@@ -53,7 +53,7 @@ def draw():
 
 def least_row_bytes(config: HopperConfig) -> int:
     """Bytes of K' of which every warpgroup gets some, and blocks where they share tiles."""
-    return 256 * (12 if config.stream else config.turns) - 240
+    return 256 * (12 if config.split else config.turns) - 240
 
 
 def several_items(config: HopperConfig, n: int) -> int:
@@ -95,9 +95,7 @@ def test_every_kernel_is_exact(draw, pair):
             result.words.fill_(7)
 
 
-@pytest.mark.parametrize(
-    "config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, stream=True)]
-)
+@pytest.mark.parametrize("config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, split=True)])
 def test_int8_sums_of_every_size(draw, config):
     """Up to the largest that K allows: far beyond what float32 counts in ones."""
     import torch
@@ -129,12 +127,12 @@ def test_int8_sums_of_every_size(draw, config):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stream", [False, True])
-def test_rounded_sums_are_the_same_every_time(draw, dtype, stream):
+@pytest.mark.parametrize("split", [False, True])
+def test_rounded_sums_are_the_same_every_time(draw, dtype, split):
     """Whatever else runs, and whichever of the blocks that share a tile finishes last."""
     import torch
 
-    config = HopperConfig(32, 1, 4, True, stream=stream)
+    config = HopperConfig(32, 1, 4, True, split=split)
     operands = Operands(draw, dtype, 1000, 8 * 4 * 256, 70, bias=True, make=real)
     results = [Result(operands, config, "float32", 1000, 0) for _ in range(2)]
     stream, beside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -157,8 +155,8 @@ def test_rounded_sums_are_the_same_every_time(draw, dtype, stream):
 @pytest.mark.parametrize(
     "config",
     [
-        HopperConfig(16, 1, 4, True, stream=True),
-        HopperConfig(64, 2, stream=True),
+        HopperConfig(16, 1, 4, True, split=True),
+        HopperConfig(64, 2, split=True),
         HopperConfig(192, 2),
     ],
     ids=lambda config: config.name.replace(" ", "_"),
@@ -328,7 +326,7 @@ def test_streams_at_once_leave_their_counters_at_zero(monkeypatch):
     import torch
 
     def sharing(*problem):
-        return [config for config in configurations(*problem) if config.stream]
+        return [config for config in configurations(*problem) if config.split]
 
     monkeypatch.setattr(hopper, "configurations", sharing)
     n, k = 1032, 8216  # this test's own, so that nothing was chosen for it before
