@@ -245,7 +245,7 @@ def test_few_tokens_share_k_and_many_do_not():
     [
         (HopperConfig(128, 2), 3584, 111, 256, 0, 4),  # 28 tiles: 112 parts
         (HopperConfig(128, 2), 3584, 3, 256, 28, 1),  # too short to share
-        (HopperConfig(16, 1, 2, True), 3584, 111, 16, 0, 7),  # 56 tiles: three rounds of 131
+        (HopperConfig(16, 1, 2, True), 3584, 111, 16, 0, 2),  # 56 tiles: one round of 112
         (HopperConfig(208, 2), 3584, 111, 2048, 132, 8),  # 8 of 140 tiles are left over
         (HopperConfig(208, 2), 128 * 256, 111, 208, 128, 1),  # 128 of 132: as good as all
         (HopperConfig(208, 2), 132 * 256, 111, 208, 132, 1),

@@ -36,8 +36,10 @@ _MANY_TOKENS = 1024
 MOST_SPLITS = 16
 _LEAST_STEPS = 2
 #: To choose the number of parts: bytes a clock of operands from L2 (docs/hopper-kernel.md, "The
-#: budget"), of sums that all write and of sums that few read; clocks for blocks to learn of each other.
-_INGRESS, _WRITTEN, _READ, _SHARING_CLOCKS = 64, 32, 64, 3000
+#: budget"), of sums that all write and of sums that few read; clocks around each part.
+_INGRESS, _WRITTEN, _READ, _PART_CLOCKS = 64, 32, 64, 3000
+#: Rounds of whole tiles up to which the last one matters.
+_MOST_ROUNDS = 12
 #: What must be left of the time that the last tiles take, for sharing them to be worth a try.
 _WORTHWHILE = 0.85
 #: Tiles of channels side by side, unless something else was faster.
@@ -222,8 +224,9 @@ def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
 
     def clocks(splits: int) -> float:
         # The last block of a tile reads what all have written.
-        sharing = part_bytes / _WRITTEN + splits * part_bytes / _READ
-        return _left(tiles, splits, sm_count) * of_tile + sharing + _SHARING_CLOCKS
+        rounds = -(-tiles * splits // sm_count)
+        read = splits * part_bytes / _READ
+        return rounds * (of_tile / splits + part_bytes / _WRITTEN + _PART_CLOCKS) + read
 
     able = [
         splits
@@ -256,12 +259,11 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
         found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
         found += [HopperConfig(width, 2) for width in _HIGH_TILES]
     else:
-        found = [HopperConfig(width, 2) for width in _HIGH_TILES[1:]]
-    found += [
-        replace(config, split=True)
-        for config in found
-        if tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count).splits > 1
-    ]
+        found = [HopperConfig(width, 2) for width in _HIGH_TILES]
+    for config in tuple(found):
+        cut = tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count)
+        if cut.splits > 1 and cut.whole <= _MOST_ROUNDS * sm_count:
+            found.append(replace(config, split=True))
     if tokens > _MANY_TOKENS:
         found.append(HopperConfig(_HIGH_TILES[-1], 2, tile_group=16))
     steps = slid_bytes // STEP_BYTES
