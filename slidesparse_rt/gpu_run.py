@@ -32,6 +32,7 @@ from .dtypes import ArrayType
 from .errors import ArrayError, CaptureError, DeviceError, DeviceMemoryError, ShapeError
 from .kernels.loader import kernels_of, relaxed_capture
 from .options import PlanOptions
+from .tuning import Dispatch
 
 __all__ = ["GpuRunner"]
 
@@ -39,8 +40,16 @@ __all__ = ["GpuRunner"]
 _ROUTES = 128
 #: Steps that a route remembers; a thread has one or two.
 _STEPS = 8
-#: Tokens of one launch are a multiple of this where a run is split.
-_SPLIT = 256
+
+
+class _Form:
+    """The weight in the form of one backend, and the most tokens that it takes at a time."""
+
+    __slots__ = ("most", "prepared")
+
+    def __init__(self, prepared: GpuPrepared, limit: int) -> None:
+        self.prepared = prepared
+        self.most = prepared.most_tokens(limit)
 
 
 class _Route(NamedTuple):
@@ -59,6 +68,7 @@ class _Route(NamedTuple):
     out_kind: ArrayType
     #: What each thread launches: (thread, whether the library writes the result) -> step.
     steps: dict[tuple[int, bool], Step]
+    form: _Form
 
 
 class _OutRoute(NamedTuple):
@@ -75,19 +85,32 @@ class GpuRunner:
     Parameters
     ----------
     prepared:
-        The weight in the backend's form.
+        The weight in the backend's form; with ``dispatch`` one in those of several.
     problem:
         Shape and formats.
     device:
         The GPU.
     options:
         The plan's.
+    dispatch:
+        Which of several forms runs for how many tokens.
     """
 
     def __init__(
-        self, prepared: Any, problem: Problem, device: Device, options: PlanOptions
+        self,
+        prepared: Any,
+        problem: Problem,
+        device: Device,
+        options: PlanOptions,
+        dispatch: Dispatch | None = None,
     ) -> None:
-        self._prepared: GpuPrepared = prepared
+        limit = options.workspace_limit
+        self._dispatch = dispatch
+        self._forms: dict[str, _Form] = (
+            {"": _Form(prepared, limit)}
+            if dispatch is None
+            else {name: _Form(prepared[name], limit) for name in dispatch.backends}
+        )
         self._problem = problem
         self._device = device
         self._index = device.index
@@ -97,7 +120,6 @@ class GpuRunner:
         self._parked: deque[tuple[Any, object]] = deque()
         self._captured: list[object] = []
         self.workspace = Workspace(gpu_device(device.index))
-        self._most_tokens = _most_tokens(prepared, options.workspace_limit)
 
     def run(self, x: Any, out_type: ArrayType | None, out: Any, stream: Any) -> Any:
         """See :meth:`slidesparse_rt.SparseGemmPlan.run`."""
@@ -164,7 +186,7 @@ class GpuRunner:
         self, tokens: Sequence[int], kind: ArrayType, out_type: ArrayType, stream: Any
     ) -> None:
         """See :meth:`slidesparse_rt.SparseGemmPlan.prepare`."""
-        prepared, most, n = self._prepared, self._most_tokens, self._problem.n
+        n = self._problem.n
         pointer = 0 if stream is None else stream_pointer(stream)
         refuse_per_thread_stream(pointer)
         self._refuse_foreign(pointer)
@@ -173,6 +195,8 @@ class GpuRunner:
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
             for count in tokens:
+                form = self._form(count)
+                prepared, most = form.prepared, form.most
                 for part in {min(count, most), count % most} - {0}:
                     prepared.pinned.add(part)
                     # A result of any alignment: with and without the library writing it.
@@ -250,7 +274,12 @@ class GpuRunner:
             (*shape[:-1], self._problem.n),
             out_type or view.kind,
             {},
+            self._form(rows),
         )
+
+    def _form(self, tokens: int) -> _Form:
+        """The form that runs for so many tokens."""
+        return self._forms["" if self._dispatch is None else self._dispatch.at(tokens)]
 
     def _written(
         self, out: Any, key: Hashable, route: _Route, x: int, stream: int
@@ -290,8 +319,9 @@ class GpuRunner:
         return _OutRoute(stride, first - view.pointer, last - view.pointer), view.pointer
 
     def _launch(self, route: _Route, x: int, out: int, out_stride: int, stream: int) -> None:
-        prepared, workspace, most = self._prepared, self.workspace, self._most_tokens
-        rows, stride, kind, _, _, _, out_kind, steps = route
+        workspace = self.workspace
+        rows, stride, kind, _, _, _, out_kind, steps, form = route
+        prepared, most = form.prepared, form.most
         # One thread at a time from here: what it launches must not be interleaved with another's.
         with workspace.lock:
             workspace.check_open()
@@ -331,12 +361,3 @@ def _remember(routes: dict[Hashable, Any], key: Hashable, route: Any) -> None:
         if len(routes) >= _ROUTES:
             routes.clear()
         routes[key] = route
-
-
-def _most_tokens(prepared: GpuPrepared, limit: int) -> int:
-    """Tokens whose workspace stays within ``limit`` bytes, by the layout without scratch."""
-    operand = prepared.weight.operand
-    sums = 0 if prepared.always_direct else prepared.padded_n * 4
-    a_token = prepared.row_length * operand.bits // 8 + 4 + sums
-    # Kernels count tokens in 32 bits.
-    return min(2**31 - 2 * _SPLIT, max(_SPLIT, limit // a_token // _SPLIT * _SPLIT))

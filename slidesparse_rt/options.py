@@ -34,11 +34,16 @@ class PlanOptions:
         the channel scales and writes bfloat16, so the second pass reads half the bytes.  Results
         are rounded once more than the definition says, by up to 2**-8 of their size before the bias
         is added, and differ from those of other backends (docs/numerics.md#fused-channel-scales).
+    keep_dense:
+        Whether a plan with ``backend="auto"`` may also hold the weight in dense form, to be never
+        slower than dense; ``False`` saves that memory, and takes dense only where nothing else can
+        run.  OptionError with ``backend="dense"``.
     """
 
     threads: int | None = None
     workspace_limit: int = 2 << 30
     fuse_channel_scales: bool = False
+    keep_dense: bool = True
 
     def __post_init__(self) -> None:
         worker_count(self.threads)
@@ -48,10 +53,10 @@ class PlanOptions:
                 f"workspace_limit is {limit!r}; allowed is a whole number of bytes from "
                 f"{_LEAST_WORKSPACE} (1 MiB) on"
             )
-        if not isinstance(self.fuse_channel_scales, bool):
-            raise OptionError(
-                f"fuse_channel_scales is {self.fuse_channel_scales!r}; allowed are True and False"
-            )
+        for name in ("fuse_channel_scales", "keep_dense"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise OptionError(f"{name} is {value!r}; allowed are True and False")
 
 
 def worker_count(threads: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,33 +14,22 @@ from .arrays import (
     Device,
     NDArray,
     device_of,
-    library_of,
     refuse_autograd,
-    refuse_shape,
     to_numpy,
     wrap_numpy,
     writable_numpy,
 )
-from .backends import Choice, Problem, check_options, choose, needs_gpu
+from .backends import Choice, check_options, choose, needs_gpu
 from .backends.base import RawWeight
-from .backends.machine import gpu_refusal
-from .dtypes import ArrayType, Operand, array_type, operand
-from .errors import (
-    BackendUnavailable,
-    DeviceError,
-    NonFiniteError,
-    OptionError,
-    PatternError,
-    PlanClosed,
-    ShapeError,
-)
+from .dtypes import ArrayType, Operand, array_type
+from .errors import DeviceError, OptionError, PlanClosed, ShapeError
+from .intake import checked_bias, intake, problem_of, readable
 from .options import PlanOptions, checked_x_scale
 from .packing.weight import SparseWeight
 from .pattern import Pattern
+from .tuning.select import Selected, check_tuning, select
 
 __all__ = ["SparseGemmPlan", "sparse_matmul"]
-
-_DEFAULT_DTYPE = "int8"
 
 
 class SparseGemmPlan:
@@ -66,6 +55,12 @@ class SparseGemmPlan:
         token's own, measured in every run.
     backend:
         "auto", or the name of one backend, which then runs or raises: nothing is substituted.
+    tuning:
+        How "auto" chooses on a GPU (docs/tuning.md).  "cached": by times that were measured on such
+        a GPU before, by ``slidesparse tune`` or a plan with "measure"; the plan may then hold the
+        weight in several forms, one for few tokens and one for many.  By a rule where there are
+        none.  "measure": measures now what is not yet, for seconds, and keeps the times.
+        "heuristic": by the rule.
     device:
         Where the plan runs: "cpu", "cuda", "cuda:1"; ``None`` takes the weight's device, or the
         first GPU if ``backend`` needs one.
@@ -102,6 +97,7 @@ class SparseGemmPlan:
         out_dtype: str | None = None,
         x_scale: float | None = None,
         backend: str = "auto",
+        tuning: str = "cached",
         device: Any = None,
         options: PlanOptions | None = None,
     ) -> None:
@@ -109,8 +105,9 @@ class SparseGemmPlan:
         self._options = PlanOptions() if options is None else options
         if not isinstance(self._options, PlanOptions):
             raise OptionError(f"options is {options!r}; allowed is a PlanOptions or None")
+        check_tuning(tuning, backend, self._options)
         self._out_type = None if out_dtype is None else array_type(out_dtype)
-        home, source = _intake(weight, pattern, dtype)
+        home, source = intake(weight, pattern, dtype)
         target = source.dtype if isinstance(source, SparseWeight) else source.operand
         self._x_scale = None if x_scale is None else checked_x_scale(x_scale, target)
         if device is not None:
@@ -123,10 +120,10 @@ class SparseGemmPlan:
                 f"weight is on {home}, but the plan is to run on {self._device}; move it"
             )
         self._requested = backend
-        source = _readable(source, home)
-        self._problem = _problem(source)
-        self._choice: Choice = choose(backend, self._problem, self._device)
-        check_options(self._options, self._problem, self.backend)
+        source = readable(source, home)
+        self._problem = problem_of(source)
+        choice: Choice = choose(backend, self._problem, self._device, self._options.keep_dense)
+        check_options(self._options, self._problem, choice.backend.name)
         self._weight: SparseWeight | None = None
         if self._device == CPU and isinstance(source, RawWeight):
             source = SparseWeight.from_array(
@@ -134,17 +131,31 @@ class SparseGemmPlan:
             )
         if isinstance(source, SparseWeight):
             self._weight = source
-        self._bias = _checked_bias(bias, self._problem.n)
-        self._prepared = self._choice.backend.prepare(
-            source, self._bias, self._device, self._options, x_scale=self._x_scale
+        self._bias = checked_bias(bias, self._problem.n)
+        self._selected: Selected = select(
+            source,
+            self._bias,
+            self._problem,
+            self._device,
+            self._options,
+            self._x_scale,
+            choice=choice,
+            asked=backend,
+            tuning=tuning,
         )
+        self._backend = choice.backend  # what runs on the CPU
+        self._prepared = self._selected.prepared
         self._lock = threading.Lock()
         if self._device != CPU:
             from .gpu_run import GpuRunner
 
             try:
                 self._runner: Any = GpuRunner(
-                    self._prepared, self._problem, self._device, self._options
+                    self._prepared,
+                    self._problem,
+                    self._device,
+                    self._options,
+                    self._selected.dispatch,
                 )
             except BaseException:
                 self._prepared.close()
@@ -178,8 +189,26 @@ class SparseGemmPlan:
 
     @property
     def backend(self) -> str:
-        """Name of the backend that runs."""
-        return self._choice.backend.name
+        """Name of the backend that runs; where several take turns, their names joined by "+"."""
+        return "+".join(self.backends)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the backends for which the plan holds the weight."""
+        return self._selected.backends
+
+    def backend_for(self, tokens: int) -> str:
+        """Name of the backend that runs for ``tokens`` tokens (M)."""
+        return self._selected.at(tokens)
+
+    @property
+    def timings(self) -> Mapping[int, Mapping[str, float]] | None:
+        """The measured times that the choice was made by; ``None`` where a rule chose.
+
+        Tokens -> backend -> microseconds of a run, bfloat16 in and out.
+        """
+        table = self._selected.table
+        return None if table is None else table.times
 
     @property
     def nbytes(self) -> int:
@@ -273,12 +302,16 @@ class SparseGemmPlan:
             self._runner.prepare(wanted, kind, self._out_type or kind, stream)
 
     def explain(self) -> str:
-        """What runs, where, why, and what was refused, for people."""
+        """What runs, where, why, and what was refused, for people.
+
+        Where times were measured: for each number of tokens what runs and what each backend took,
+        and the memory of each form of the weight.
+        """
         n, k = self.shape
         pattern = self.pattern
         lines = [
             f"SparseGemmPlan {n} x {k}, pattern {pattern.name}, {self.dtype}, on {self._device}",
-            f"  backend: {self.backend} (asked for: {self._requested}; {self._choice.why})",
+            f"  backend: {self.backend} (asked for: {self._requested}; {self._selected.why})",
             f"  K' = {pattern.slid_k(k)} after sliding, {float(pattern.expansion):.3f} x K; at "
             f"most {float(pattern.speed_bound):.3f} x dense speed on sparse tensor cores",
             f"  memory: {self.nbytes:,} bytes held",
@@ -290,7 +323,7 @@ class SparseGemmPlan:
                 "  channel scales: fused into the product, which rounds to bfloat16; results "
                 "differ from the definition"
             )
-        lines += [f"  refused {name}: {why}" for name, why in self._choice.refused.items()]
+        lines += self._selected.lines(closed=self._closed)
         if self._closed:
             lines.append("  closed")
         return "\n".join(lines)
@@ -358,7 +391,7 @@ class SparseGemmPlan:
         return out
 
     def _launch(self, x: NDArray, out: NDArray, kind: ArrayType) -> None:
-        backend = self._choice.backend
+        backend = self._backend
         config = backend.candidates(self._problem)[0]
         backend.launch(self._prepared, x, out, kind, None, 0, config)
 
@@ -379,8 +412,9 @@ def sparse_matmul(
 ) -> Any:
     """Multiply once: ``x @ weight.T + bias``; make a :class:`SparseGemmPlan` to multiply often.
 
-    Takes the arguments of :class:`SparseGemmPlan`, save ``device`` (it runs where x is), and those
-    of :meth:`SparseGemmPlan.run`; raises their errors, and returns what ``run`` returns.
+    Takes the arguments of :class:`SparseGemmPlan`, save ``device`` (it runs where x is) and
+    ``tuning`` ("auto" goes by the rule: measured times pay off for weights that are packed once),
+    and those of :meth:`SparseGemmPlan.run`; raises their errors, and returns what ``run`` returns.
     """
     with SparseGemmPlan(
         weight,
@@ -390,72 +424,8 @@ def sparse_matmul(
         out_dtype=out_dtype,
         x_scale=x_scale,
         backend=backend,
+        tuning="heuristic",
         device=None if needs_gpu(backend) and device_of(x, "x") == CPU else device_of(x, "x"),
         options=options,
     ) as plan:
         return plan.run(x, out=out, stream=stream)
-
-
-def _intake(
-    weight: Any, pattern: str | Pattern | None, dtype: str | Operand | None
-) -> tuple[Device, SparseWeight | RawWeight]:
-    """The weight's device, and the weight with its pattern and operand format."""
-    if isinstance(weight, SparseWeight):
-        if pattern is not None and Pattern.parse(pattern) != weight.pattern:
-            raise PatternError(
-                f"pattern={str(pattern)!r} contradicts the weight's own {weight.pattern.name!r}; "
-                f"omit pattern="
-            )
-        if dtype is not None and operand(dtype) != weight.dtype:
-            raise OptionError(
-                f"dtype={dtype!r} contradicts the weight's own {weight.dtype.name!r}; omit dtype="
-            )
-        return CPU, weight
-    if pattern is None:
-        raise OptionError('pattern is missing; type for example pattern="6:8"')
-    row = operand(_DEFAULT_DTYPE if dtype is None else dtype)
-    return device_of(weight, "weight"), RawWeight(weight, Pattern.parse(pattern), row)
-
-
-def _readable(source: SparseWeight | RawWeight, home: Device) -> SparseWeight | RawWeight:
-    """The source; one known only through DLPack as an array that has a shape."""
-    if isinstance(source, SparseWeight) or library_of(source.array) != "dlpack":
-        return source
-    if home == CPU:
-        return RawWeight(to_numpy(source.array, "weight"), source.pattern, source.operand)
-    missing = gpu_refusal((), home)
-    if missing:
-        raise BackendUnavailable(f"no backend can run a weight on {home}: {missing}")
-    from .device_arrays import to_cupy
-
-    return RawWeight(to_cupy(source.array, "weight"), source.pattern, source.operand)
-
-
-def _problem(source: SparseWeight | RawWeight) -> Problem:
-    if isinstance(source, SparseWeight):
-        return Problem(source.n, source.k, source.pattern, source.dtype)
-    shape = tuple(source.array.shape)
-    refuse_shape(shape, "weight", "(N, K)")
-    return Problem(int(shape[0]), int(shape[1]), source.pattern, source.operand)
-
-
-def _checked_bias(bias: Any, n: int) -> NDArray | None:
-    if bias is None:
-        return None
-    if device_of(bias, "bias").kind == "cuda":
-        from .device_arrays import to_host
-        from .kernels.loader import relaxed_capture
-
-        with relaxed_capture():
-            view = to_host(bias, "bias")
-    else:
-        view = to_numpy(bias, "bias")
-    if view.shape != (n,):
-        raise ShapeError(f"bias has shape {view.shape}; allowed is ({n},), one for each output")
-    wide = np.array(view, dtype=np.float32)
-    if not np.isfinite(wide).all():
-        raise NonFiniteError(
-            f"bias holds a NaN or an infinity at index {int(np.argmax(~np.isfinite(wide)))}; "
-            f"it must be finite"
-        )
-    return wide

@@ -41,6 +41,9 @@ class Prepared:
     def can_write(self, *arguments: Any) -> bool:
         return False
 
+    def most_tokens(self, limit: int) -> int:
+        return 1 << 20
+
     def step(self, rows: int, *arguments: Any) -> Any:
         def launch(x: int, stride: int, out: int, out_stride: int, *rest: Any) -> None:
             self.launches.append((rows, stride, out_stride))
@@ -87,6 +90,12 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     return gpu_run.GpuRunner(prepared, problem, Device("cuda"), ss.PlanOptions())
 
 
+def only(runner: gpu_run.GpuRunner) -> Any:
+    """The one form of a runner without dispatch."""
+    (form,) = runner._forms.values()
+    return form
+
+
 def run(runner: gpu_run.GpuRunner, x: Any, out: Any = None, stream: Any = None) -> Any:
     return runner.run(x, None, out, stream)
 
@@ -100,13 +109,13 @@ def test_runs_read_shapes_and_strides(runner: gpu_run.GpuRunner) -> None:
     view = out[:, :N]
     for _ in range(2):  # the second time from what was remembered
         assert run(runner, wide[:, :K], view) is view
-    assert runner._prepared.launches == [(6, 32, 8), (6, 16, 8), (6, 32, 20), (6, 32, 20)]
+    assert only(runner).prepared.launches == [(6, 32, 8), (6, 16, 8), (6, 32, 20), (6, 32, 20)]
 
 
 def test_long_runs_are_split(runner: gpu_run.GpuRunner) -> None:
-    runner._most_tokens = 256
+    only(runner).most = 256
     run(runner, torch.zeros(600, K))
-    assert [rows for rows, *_ in runner._prepared.launches] == [256, 256, 88]
+    assert [rows for rows, *_ in only(runner).prepared.launches] == [256, 256, 88]
 
 
 def test_first_launches_leave_captures_of_other_threads_alone(runner: gpu_run.GpuRunner) -> None:
@@ -114,11 +123,11 @@ def test_first_launches_leave_captures_of_other_threads_alone(runner: gpu_run.Gp
     x = torch.zeros(6, K)
     for _ in range(3):
         run(runner, x)
-    assert runner._prepared.relaxed_at == [True, False, False]
-    runner._most_tokens = 4
+    assert only(runner).prepared.relaxed_at == [True, False, False]
+    only(runner).most = 4
     run(runner, x)
-    assert runner._prepared.relaxed_at[3:] == [True, True]
-    assert not runner._prepared.relaxed
+    assert only(runner).prepared.relaxed_at[3:] == [True, True]
+    assert not only(runner).prepared.relaxed
 
 
 def test_bad_arrays(runner: gpu_run.GpuRunner) -> None:
@@ -179,7 +188,7 @@ def test_streams_of_another_gpu_are_refused(
     float32 = array_type("float32")
     with pytest.raises(ss.DeviceError, match=says):
         runner.prepare([4], float32, float32, 0x700)
-    assert runner._prepared.launches == []
+    assert only(runner).prepared.launches == []
 
 
 def test_no_memory_for_the_result_has_a_name(runner: gpu_run.GpuRunner) -> None:
@@ -206,7 +215,7 @@ def test_a_closed_plan_launches_nothing(
     runner.workspace.close()
     with pytest.raises(ss.PlanClosed):
         run(runner, torch.zeros(4, K))
-    assert runner._prepared.launches == []
+    assert only(runner).prepared.launches == []
 
 
 def test_prepared_numbers_of_tokens_are_not_forgotten() -> None:

@@ -30,6 +30,8 @@ from slidesparse_rt import backends, gpu_run, plan
 from slidesparse_rt.arrays import Device
 from slidesparse_rt.dtypes import array_type
 from slidesparse_rt.pattern import PATTERNS, Pattern
+from slidesparse_rt.tuning import select
+from slidesparse_rt.tuning.cache import TableCache
 
 OUT_TYPES = (None, "float32", "float16", "bfloat16")
 CASTS = {"float32": definition.f32, "float16": definition.f16, "bfloat16": definition.bf16}
@@ -376,8 +378,11 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
         class workspace:  # noqa: N801
             nbytes = 7
 
-        def __init__(self, prepared: Any, problem: Any, device: Device, options: Any) -> None:
+        def __init__(
+            self, prepared: Any, problem: Any, device: Device, options: Any, dispatch: Any
+        ) -> None:
             assert isinstance(prepared, Held)
+            assert dispatch is None
             assert (problem.n, problem.k, str(device)) == (4, 16, "cuda:1")
 
         def run(self, *arguments: Any) -> str:
@@ -394,6 +399,7 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
         plan, "choose", lambda *arguments: backends.Choice(Gpu(), {"x": "why"}, "so")
     )
     monkeypatch.setattr(gpu_run, "GpuRunner", Runner)
+    monkeypatch.setattr(select, "default_cache", lambda: TableCache(None))
     options = ss.PlanOptions(threads=1)
     with ss.SparseGemmPlan(
         fitted("6:8", 4, 16), "6:8", device="cuda:1", options=options, x_scale=0.1

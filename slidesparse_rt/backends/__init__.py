@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,17 @@ from .machine import gpu_refusal
 
 __all__ = [
     "BACKENDS",
+    "GPU_BACKENDS",
     "Backend",
     "Choice",
     "Config",
     "Problem",
     "Support",
+    "able",
     "check_options",
     "choose",
     "needs_gpu",
+    "unavailable",
 ]
 
 
@@ -49,6 +53,10 @@ _HOPPER = 9
 _FUSING = ("cusparselt", "int8")
 #: What ``backend=`` takes.
 BACKENDS = ("auto", *_ROWS)
+#: Those that run on a GPU, and can be measured against each other there.
+GPU_BACKENDS = tuple(name for name, row in _ROWS.items() if row.runs_on == "cuda")
+#: The one that uses no zeros; ``PlanOptions(keep_dense=False)`` puts it last.
+_DENSE = "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +75,16 @@ def needs_gpu(name: str) -> bool:
     return _row(name).runs_on == "cuda"
 
 
-def choose(name: str, problem: Problem, device: Device) -> Choice:
+def choose(name: str, problem: Problem, device: Device, keep_dense: bool = True) -> Choice:
     """The backend that ``name`` asks for, able to run ``problem`` on ``device``.
 
-    Raises BackendUnavailable with every backend's reason if there is none, and OptionError for a
-    name that does not exist.
+    Without ``keep_dense`` "auto" takes "dense" only where nothing else can run.  Raises
+    BackendUnavailable with every backend's reason if there is none, and OptionError for a name that
+    does not exist.
     """
     wanted, why = _order(problem, device) if name == "auto" else ([name], "it was asked for")
+    if not keep_dense:
+        wanted = sorted(wanted, key=_DENSE.__eq__)
     refused: dict[str, str] = {}
     chosen: Backend | None = None
     for candidate in wanted:
@@ -84,12 +95,40 @@ def choose(name: str, problem: Problem, device: Device) -> Choice:
             chosen = backend
             break
     if chosen is None:
-        reasons = "\n".join(f"  {key}: {why}" for key, why in refused.items())
-        raise BackendUnavailable(
-            f"no backend can run a {problem.pattern.name} {problem.dtype.name} weight on {device} "
-            f"(backend={name!r}):\n{reasons}\n`slidesparse doctor` shows what is missing"
-        )
+        raise unavailable(name, problem, device, refused)
     return Choice(chosen, refused, why)
+
+
+def able(
+    names: Iterable[str], problem: Problem, device: Device
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Those of the backends ``names`` that can run ``problem`` on ``device``; why not the others.
+
+    A name that does not exist is such a reason, too: names may come from a file.
+    """
+    found: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for name in names:
+        if name not in _ROWS:
+            refused[name] = "there is no such backend"
+            continue
+        backend, why_not = _able(_ROWS[name], problem, device)
+        if backend is None:
+            refused[name] = why_not
+        else:
+            found[name] = backend
+    return found, refused
+
+
+def unavailable(
+    name: str, problem: Problem, device: Device, refused: Mapping[str, str]
+) -> BackendUnavailable:
+    """The error for a problem that no backend that ``name`` stands for can run."""
+    reasons = "\n".join(f"  {key}: {why}" for key, why in refused.items())
+    return BackendUnavailable(
+        f"no backend can run a {problem.pattern.name} {problem.dtype.name} weight on {device} "
+        f"(backend={name!r}):\n{reasons}\n`slidesparse doctor` shows what is missing"
+    )
 
 
 def check_options(options: PlanOptions, problem: Problem, name: str) -> None:
@@ -112,9 +151,10 @@ def check_options(options: PlanOptions, problem: Problem, name: str) -> None:
 def _order(problem: Problem, device: Device) -> tuple[list[str], str]:
     """The order in which "auto" tries the backends, and the reason.
 
-    A rule, not a measurement on this machine (docs/performance.md has the measurements that it was
-    made from): the kernel written for a GPU first.  On a Hopper GPU where that cannot run, the
-    lifted cuSPARSELt pipeline is slower than the dense one for patterns milder than 2:4.
+    A rule for where nothing is measured (docs/performance.md has the measurements that it was made
+    from, docs/tuning.md what takes its place): the kernel written for a GPU first.  On a Hopper GPU
+    where that cannot run, the lifted cuSPARSELt pipeline is slower than the dense one for patterns
+    milder than 2:4.
     """
     if device.kind == "cuda" and problem.pattern.expansion > 1:
         known = [row for row in probe().devices if row.index == device.index]

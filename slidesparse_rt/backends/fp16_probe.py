@@ -8,15 +8,16 @@ Run as a module it is that child: it multiplies, compares, and exits with 0 if a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-import secrets
 import subprocess
 import sys
 from pathlib import Path
 
 from ..kernels.compiler import default_directory
+from ..user_cache import write_whole
 
 __all__ = ["fp16_problem"]
 
@@ -83,13 +84,8 @@ def _keep(identity: tuple[str, ...], answer: str) -> None:
     path = _file(identity)
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{secrets.token_hex(6)}.part")
-        aside.write_text(json.dumps({"identity": list(identity), "answer": answer}))
-        aside.replace(path)
-    except OSError:
-        return
+    with contextlib.suppress(OSError):
+        write_whole(path, json.dumps({"identity": list(identity), "answer": answer}).encode())
 
 
 def _child(device: int) -> None:

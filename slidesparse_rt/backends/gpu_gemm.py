@@ -41,9 +41,12 @@ __all__ = [
     "Product",
     "refused_format",
     "round_up",
+    "to_gpu",
     "token_bucket",
 ]
 
+#: Tokens of one launch are a multiple of this where a run is split.
+_SPLIT = 256
 #: Products and steps that one thread keeps ready for one plan; each is a few kilobytes.
 _KEPT = 128
 _ALIGNMENT = 256
@@ -163,6 +166,14 @@ class GpuPrepared(ABC):
     def nbytes(self) -> int:
         """Device memory held: the packed weight, scales and bias."""
         return self.operand_bytes + self.weight.vector_bytes
+
+    def most_tokens(self, limit: int) -> int:
+        """Tokens whose workspace stays within ``limit`` bytes, by the layout without scratch."""
+        operand = self.weight.operand
+        sums = 0 if self.always_direct else self.padded_n * 4
+        a_token = self.row_length * operand.bits // 8 + 4 + sums
+        # Kernels count tokens in 32 bits.
+        return min(2**31 - 2 * _SPLIT, max(_SPLIT, limit // a_token // _SPLIT * _SPLIT))
 
     def close(self) -> None:
         """Give all device memory back."""
@@ -356,6 +367,27 @@ def refused_format(
     return ""
 
 
+def to_gpu(
+    weight: SparseWeight | RawWeight,
+    bias: NDArray | None,
+    gpu: GpuDevice,
+    x_scale: np.float32 | None,
+) -> GpuWeight:
+    """Bring a weight to a GPU, check and quantize it there; ``gpu`` is current."""
+    stream = gpu.packing_stream
+    if isinstance(weight, SparseWeight):
+        held = GpuWeight.from_sparse(weight, bias, gpu, stream)
+    else:
+        held = GpuWeight.from_array(weight.array, weight.pattern, weight.operand, bias, gpu, stream)
+    try:
+        if x_scale is not None:
+            held.hold_x_scale(x_scale, stream)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
 class GpuBackend(ABC):
     """A backend that runs on a CUDA device."""
 
@@ -384,18 +416,10 @@ class GpuBackend(ABC):
     ) -> GpuPrepared:
         """Bring the weight to the GPU, check and quantize it there, and pack it."""
         gpu = gpu_device(device.index)
-        stream = gpu.packing_stream
         with working_on(gpu.index):
-            if isinstance(weight, SparseWeight):
-                held = GpuWeight.from_sparse(weight, bias, gpu, stream)
-            else:
-                held = GpuWeight.from_array(
-                    weight.array, weight.pattern, weight.operand, bias, gpu, stream
-                )
+            held = to_gpu(weight, bias, gpu, x_scale)
             try:
-                if x_scale is not None:
-                    held.hold_x_scale(x_scale, stream)
-                return self.pack(held, options, stream)
+                return self.pack(held, options, gpu.packing_stream)
             except BaseException:
                 held.close()
                 raise

@@ -5,6 +5,7 @@ The results are those of :mod:`slidesparse_rt.packing`, to the bit.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,18 @@ from ..packing.weight import SparseWeight, refuse_length
 from ..pattern import Pattern
 from .gpu_device import Buffer, GpuDevice, is_capturing
 
-__all__ = ["GpuWeight"]
+__all__ = ["GpuWeight", "exact_types"]
+
+
+def exact_types(bias: NDArray) -> dict[str, NDArray]:
+    """A float32 vector in each array type in which all its values are exact, by the type's name."""
+    found: dict[str, NDArray] = {}
+    for row in ARRAY_TYPES:
+        with np.errstate(over="ignore"):
+            narrow = bias.astype(row.dtype)
+        if np.array_equal(narrow.astype(np.float32), bias):
+            found[row.name] = narrow
+    return found
 
 
 class GpuWeight:
@@ -55,15 +67,11 @@ class GpuWeight:
         self._scales: Buffer | None = None
         self._x_scale: Buffer | None = None
         self._biases: dict[str, Buffer] = {}
-        exact = []
+        self._lent = False
         if bias is not None:
-            for row in ARRAY_TYPES:
-                with np.errstate(over="ignore"):
-                    narrow = bias.astype(row.dtype)
-                if np.array_equal(narrow.astype(np.float32), bias):
-                    exact.append(row.name)
-                    self._biases[row.name] = device.upload(narrow, stream)
-        self.bias_exact_in = frozenset(exact)
+            for name, narrow in exact_types(bias).items():
+                self._biases[name] = device.upload(narrow, stream)
+        self.bias_exact_in = frozenset(self._biases)
 
     @property
     def scales(self) -> int:
@@ -91,8 +99,8 @@ class GpuWeight:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of scales and bias."""
-        return sum(buffer.nbytes for buffer in self._vectors())
+        """Bytes of scales and bias; none of its own where they are lent."""
+        return 0 if self._lent else sum(buffer.nbytes for buffer in self._vectors())
 
     def _vectors(self) -> list[Buffer]:
         scales = (self._scales, self._x_scale)
@@ -157,17 +165,29 @@ class GpuWeight:
         self.device.synchronize(stream)
         return out
 
+    def lend(self) -> GpuWeight:
+        """The same weight, in the same memory, for one of several backends to pack.
+
+        What was lent gives no memory back; this one does, and has to live longer.
+        """
+        lent = copy.copy(self)
+        lent._lent = True
+        lent._biases = dict(self._biases)
+        return lent
+
     def drop_values(self) -> None:
         """Give the plain values back, once a backend has its own form."""
         if self._values is not None:
-            self._values.close()
+            if not self._lent:
+                self._values.close()
             self._values = None
 
     def close(self) -> None:
         """Give everything back."""
         self.drop_values()
-        for buffer in self._vectors():
-            buffer.close()
+        if not self._lent:
+            for buffer in self._vectors():
+                buffer.close()
         self._biases.clear()
         self._scales = self._x_scale = None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from .bench import bench
+from .convert import calibrate, convert
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,11 +201,30 @@ def prune(
     _show(report, as_json)
 
 
-@app.command()
+app.command(
+    help="Prune and quantize the linear layers of a Hugging Face model.\n\n"
+    "Everything is checked before anything is written. A run that was killed, or whose disk was "
+    "full, is continued by the same command: finished files are checked and kept. OUT_DIR gets "
+    "safetensors, config.json with a quantization_config, everything else that is no weight, and "
+    "report.json."
+)(convert)
+app.command(
+    help="Run a model over texts and collect the norms that 'convert --method wanda' needs.\n\n"
+    "Needs PyTorch and transformers: pip install 'slidesparse-rt[convert]'."
+)(calibrate)
+
+
+@app.command(
+    help="Show which tensors of a safetensors file fit which patterns, and their sizes when "
+    "packed.\n\n"
+    "For the folder of a converted model: whether every layer is what its config says."
+)
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A safetensors file."),
+        typer.Argument(
+            metavar="FILE", exists=True, help="A safetensors file, or a converted model's folder."
+        ),
     ],
     pattern: Annotated[
         list[str] | None,
@@ -213,10 +233,89 @@ def inspect(
     threads: _THREADS = None,
     as_json: _JSON = False,
 ) -> None:
-    """Show which tensors of a safetensors file fit which patterns, and their sizes when packed."""
+    """Inspect a file or a folder."""
+    if file.is_dir():
+        from .inspect_model import inspect_model
+
+        _show(inspect_model(file, patterns=pattern or (), threads=threads), as_json)
+        return
     from .inspect import inspect_file
 
     _show(inspect_file(file, patterns=pattern or _PATTERNS.split(","), threads=threads), as_json)
+
+
+@app.command(
+    help="Measure which backend is fastest for how many tokens, and keep the times.\n\n"
+    "WHAT is a model (qwen2.5-7b, qwen2.5-14b, llama-3.2-1b, llama-3.2-3b), all of whose linear "
+    "layers are measured, or N K: outputs and inputs of one layer. Plans with backend='auto' on "
+    "such a GPU take the fastest from then on (docs/tuning.md). What is kept already is not "
+    "measured again, and what a time budget cut short goes on."
+)
+def tune(
+    what: Annotated[list[str], typer.Argument(metavar="WHAT", help="A model, or N K.")],
+    patterns: Annotated[
+        str, typer.Option("--pattern", help="Patterns, separated by commas.")
+    ] = "6:8",
+    dtypes: Annotated[
+        str, typer.Option("--dtype", help="Operand formats, separated by commas.")
+    ] = "int8",
+    layers: Annotated[
+        str | None, typer.Option(help="Only these layers of the model: qkv, o, gate_up, down.")
+    ] = None,
+    bias: Annotated[bool, typer.Option("--bias", help="For plans with a bias.")] = False,
+    keep_dense: Annotated[
+        bool,
+        typer.Option(
+            "--keep-dense/--no-keep-dense",
+            help="Show the choice of plans that may, or may not, also hold the dense weight.",
+        ),
+    ] = True,
+    most_tokens: Annotated[
+        int, typer.Option(help="The largest number of tokens: 1, 16, 32, ... 16384.")
+    ] = 16384,
+    cold_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Empty the level-2 cache before each run up to so many tokens; 0: never."
+        ),
+    ] = 512,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of each backend; as many as take 40 ms if not given."),
+    ] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Begin nothing further after this."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure what is kept already, too.")
+    ] = False,
+    device: Annotated[int, typer.Option(min=0, help="CUDA's number of the GPU.")] = 0,
+    as_json: _JSON = False,
+) -> None:
+    """Measure the backends for the layers of a model."""
+    from ..options import PlanOptions
+    from ..tuning.measure import MeasureOptions
+    from .console import meter
+    from .tune import run_tune, wanted_layers
+
+    settings = MeasureOptions(
+        most_tokens=most_tokens, cold_tokens=cold_tokens, rounds=rounds, seconds=time_budget
+    )
+    chosen = wanted_layers(what, None if layers is None else _listed(layers, "--layers"))
+    with meter(0, 0, unit="buckets") as progress:
+        report = run_tune(
+            chosen,
+            _listed(patterns, "--pattern"),
+            _listed(dtypes, "--dtype"),
+            device=device,
+            settings=settings,
+            options=PlanOptions(keep_dense=keep_dense),
+            bias=bias,
+            again=again,
+            progress=progress.reached,
+        )
+    _show(report, as_json)
 
 
 class _Report(Protocol):

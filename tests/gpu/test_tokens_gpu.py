@@ -119,7 +119,7 @@ def test_rows_in_reverse(backend):
     small = ss.PlanOptions(workspace_limit=1 << 19)  # splits the run
     for options in (ss.PlanOptions(), small):
         with ss.SparseGemmPlan(w, "6:8", backend=backend, device="cuda", options=options) as plan:
-            assert (plan._runner._most_tokens < 5000) == (options is small)
+            assert (plan._runner._forms[""].most < 5000) == (options is small)
             y = plan.run(cupy.asarray(x)[::-1])
             assert_same(cupy.asnumpy(y), expected[::-1])
             out = cupy.zeros((5000, 64), np.float32)

@@ -1,0 +1,403 @@
+"""What a plan runs: one form of its weight, or several and a rule which of them runs when."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..arrays import Device, NDArray
+from ..backends import GPU_BACKENDS, Choice, Problem, able, unavailable
+from ..backends.base import RawWeight
+from ..errors import DeviceMemoryError, OptionError
+from ..options import PlanOptions
+from ..packing.weight import SparseWeight
+from .cache import TableCache, bias_kind, default_cache, tuning_key
+from .table import DENSE, Dispatch, Table
+
+if TYPE_CHECKING:
+    from ..backends.gpu_forms import GpuForms
+    from .measure import MeasureOptions, Progress
+
+__all__ = ["TUNINGS", "Selected", "Tuned", "check_tuning", "select", "tune"]
+
+_LOG = logging.getLogger(__name__)
+
+#: What ``tuning=`` takes.
+TUNINGS = ("cached", "measure", "heuristic")
+#: Seconds after which a plan that measures begins no further number of tokens.
+_PLAN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A weight that was measured.
+
+    Attributes
+    ----------
+    forms:
+        The weight on the GPU in every form that was measured, which the caller closes; ``None``
+        where all times were kept already.
+    table:
+        The times, those of earlier measurements included.
+    path:
+        Where they are kept; ``None``: nowhere.
+    """
+
+    forms: GpuForms | None
+    table: Table
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a plan runs.
+
+    Attributes
+    ----------
+    prepared:
+        The weight in the form of one backend; with ``dispatch`` a mapping of several.
+    backends:
+        Names of the backends that it is packed for.
+    why:
+        Why these, for people.
+    refused:
+        Every other backend, and why it is not used.
+    dispatch, table:
+        Which runs for how many tokens, and the times that say so; ``None``: a rule chose.
+    """
+
+    prepared: Any
+    backends: tuple[str, ...]
+    why: str
+    refused: Mapping[str, str]
+    dispatch: Dispatch | None = None
+    table: Table | None = None
+    hints: tuple[str, ...] = field(default=())
+
+    def at(self, tokens: int) -> str:
+        """The backend that runs for so many tokens."""
+        return self.backends[0] if self.dispatch is None else self.dispatch.at(tokens)
+
+    def lines(self, *, closed: bool) -> list[str]:
+        """Choices, times and memory, for people."""
+        found: list[str] = []
+        if self.dispatch is not None and self.table is not None:
+            found += _choices(self.dispatch, self.table)
+            if not closed:
+                found += [
+                    f"  memory of {name}: {self.prepared[name].nbytes:,} bytes"
+                    for name in self.backends
+                ]
+                found.append(f"  memory of scales and bias: {self.prepared.shared_bytes:,} bytes")
+        found += [f"  {hint}" for hint in self.hints]
+        found += [f"  refused {name}: {why}" for name, why in self.refused.items()]
+        return found
+
+
+def check_tuning(tuning: object, backend: str, options: PlanOptions) -> None:
+    """Raise OptionError for an unknown ``tuning`` and for options that leave nothing to choose."""
+    if tuning not in TUNINGS:
+        raise OptionError(
+            f"tuning {tuning!r} is unknown; allowed are {', '.join(map(repr, TUNINGS))}"
+        )
+    if tuning == "measure":
+        if backend != "auto":
+            raise OptionError(
+                f"tuning='measure' chooses among backends, but backend={backend!r} names one; pass "
+                f"backend='auto', or leave tuning= out"
+            )
+        if options.fuse_channel_scales:
+            raise OptionError(
+                "tuning='measure' chooses among backends, but fuse_channel_scales exists for "
+                "cusparselt alone; leave one of them out"
+            )
+    if backend == DENSE and not options.keep_dense:
+        raise OptionError(
+            "keep_dense is False, but the backend is dense; pass backend='auto', or leave "
+            "keep_dense out"
+        )
+
+
+def select(
+    source: SparseWeight | RawWeight,
+    bias: NDArray | None,
+    problem: Problem,
+    device: Device,
+    options: PlanOptions,
+    x_scale: np.float32 | None,
+    *,
+    choice: Choice,
+    asked: str,
+    tuning: str,
+) -> Selected:
+    """Prepare a weight for the backends that are to run it.
+
+    Parameters
+    ----------
+    source, bias, problem, device, options, x_scale:
+        As the plan has them.
+    choice:
+        What the rule chooses; taken where nothing is measured.
+    asked:
+        The ``backend=`` of the plan.
+    tuning:
+        One of :data:`TUNINGS`, checked.
+
+    Raises
+    ------
+    PatternError, NonFiniteError, ShapeError, DTypeError, ArrayError, DeviceError
+        If the weight is not as described.
+    DeviceMemoryError, LibraryError, BackendUnavailable, CompileError
+        If a backend that was chosen cannot prepare it; nothing stays allocated.
+    """
+    hints: tuple[str, ...] = ()
+    if asked == "auto" and device.kind == "cuda" and not options.fuse_channel_scales:
+        found = None
+        if tuning == "measure":
+            found = _measured(source, bias, problem, device, options, x_scale)
+        elif tuning == "cached":
+            found = _kept(source, bias, problem, device, options, x_scale)
+            hints = (
+                "tuning: nothing is measured for this weight here; tuning='measure' or "
+                f"`slidesparse tune {problem.n} {problem.k} --pattern {problem.pattern.name} "
+                f"--dtype {problem.dtype.name}` measures it",
+            )
+        if found is not None:
+            return found
+    prepared = choice.backend.prepare(source, bias, device, options, x_scale=x_scale)
+    return Selected(prepared, (choice.backend.name,), choice.why, choice.refused, hints=hints)
+
+
+def tune(
+    source: SparseWeight | RawWeight,
+    bias: NDArray | None,
+    problem: Problem,
+    device: Device,
+    options: PlanOptions,
+    x_scale: np.float32 | None,
+    settings: MeasureOptions,
+    *,
+    cache: TableCache | None = None,
+    again: bool = False,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Measure every backend that supports a weight, and keep the times.
+
+    What is kept already is not measured again, unless ``again``; a run that a time budget cut short
+    is so continued by the next.
+
+    Parameters
+    ----------
+    source, bias, problem, device, options, x_scale:
+        As of a plan.
+    settings:
+        How to measure.
+    cache:
+        Where the times are kept; ``None``: in the user's cache.
+    again:
+        Whether to forget what is kept.
+    progress:
+        See :data:`~slidesparse_rt.tuning.measure.Progress`.
+
+    Raises
+    ------
+    BackendUnavailable
+        If no backend supports the weight.
+    PatternError, NonFiniteError, ShapeError, DTypeError, ArrayError, DeviceError
+        If the weight is not as described.
+    DeviceMemoryError, LibraryError, CompileError
+        If every backend failed.
+    """
+    from ..backends.gpu_forms import pack_forms
+    from .measure import measure
+
+    if cache is None:
+        cache = default_cache()
+    backends, refused = able(GPU_BACKENDS, problem, device)
+    if not backends:
+        raise unavailable("auto", problem, device, refused)
+    key = _key(bias, problem, device, options, x_scale)
+    older = None if again else cache.load(key)
+    if older is not None and older.cold_tokens != settings.cold_tokens:
+        older = None
+    known = () if older is None else older.tokens
+    missing = [tokens for tokens in settings.buckets if tokens not in known]
+    if older is not None and not missing:
+        if progress is not None:
+            progress("", len(settings.buckets), len(settings.buckets))
+        return Tuned(None, older, cache.path(key))
+    forms = pack_forms(
+        list(backends.values()), source, bias, device, options, x_scale=x_scale, strict=False
+    )
+    try:
+        found = measure(
+            forms, options.workspace_limit, settings, buckets=missing, progress=progress
+        )
+        table = Table(found.times, {**refused, **found.refused}, found.cold_tokens, found.taken)
+        if any(isinstance(error, DeviceMemoryError) for error in forms.failed.values()):
+            # A GPU that was full says nothing about the next time.
+            return Tuned(forms, table if older is None else table.merged(older), None)
+        table, path = cache.save(key, table, replace=older is None)
+        return Tuned(forms, table, path)
+    except BaseException:
+        forms.close()
+        raise
+
+
+def _key(
+    bias: NDArray | None,
+    problem: Problem,
+    device: Device,
+    options: PlanOptions,
+    x_scale: np.float32 | None,
+) -> dict[str, Any]:
+    from ..backends.gpu_device import gpu_device
+
+    return tuning_key(
+        problem,
+        gpu_device(device.index),
+        options,
+        bias=bias_kind(problem, bias),
+        static=x_scale is not None,
+    )
+
+
+def _measured(
+    source: SparseWeight | RawWeight,
+    bias: NDArray | None,
+    problem: Problem,
+    device: Device,
+    options: PlanOptions,
+    x_scale: np.float32 | None,
+) -> Selected:
+    """Measured now, as far as it is not measured yet."""
+    from .measure import MeasureOptions
+
+    settings = MeasureOptions(seconds=_PLAN_SECONDS)
+    tuned = tune(source, bias, problem, device, options, x_scale, settings)
+    forms, table = tuned.forms, tuned.table
+    where = "kept nowhere" if tuned.path is None else f"kept in {tuned.path}"
+    if forms is None:
+        backends, refused = able(table.backends, problem, device)
+        return _packed(table, where, backends, refused, source, bias, device, options, x_scale)
+    try:
+        dispatch = table.dispatch(keep_dense=options.keep_dense, able=forms)
+        for name in list(forms):
+            if name not in dispatch.backends:
+                forms.drop(name)
+    except BaseException:
+        forms.close()
+        raise
+    return _selected(forms, table, dispatch, options, where, {})
+
+
+def _kept(
+    source: SparseWeight | RawWeight,
+    bias: NDArray | None,
+    problem: Problem,
+    device: Device,
+    options: PlanOptions,
+    x_scale: np.float32 | None,
+) -> Selected | None:
+    """As an earlier measurement says; ``None`` where there is none that can be used."""
+    cache = default_cache()
+    if cache.empty:
+        return None
+    key = _key(bias, problem, device, options, x_scale)
+    table = cache.load(key)
+    if table is None:
+        return None
+    where = f"kept in {cache.path(key)}"
+    backends, refused = able(table.backends, problem, device)
+    if not backends:
+        _LOG.warning(
+            "measured times, %s, are ignored: %s cannot run here any more",
+            where,
+            ", ".join(table.backends),
+        )
+        return None
+    return _packed(table, where, backends, refused, source, bias, device, options, x_scale)
+
+
+def _packed(
+    table: Table,
+    where: str,
+    backends: Mapping[str, Any],
+    refused: Mapping[str, str],
+    source: SparseWeight | RawWeight,
+    bias: NDArray | None,
+    device: Device,
+    options: PlanOptions,
+    x_scale: np.float32 | None,
+) -> Selected:
+    """The weight in the forms that a table chooses among those that can run."""
+    from ..backends.gpu_forms import pack_forms
+
+    dispatch = table.dispatch(keep_dense=options.keep_dense, able=backends)
+    forms = pack_forms(
+        [backends[name] for name in dispatch.backends],
+        source,
+        bias,
+        device,
+        options,
+        x_scale=x_scale,
+    )
+    return _selected(forms, table, dispatch, options, where, refused)
+
+
+def _selected(
+    forms: GpuForms,
+    table: Table,
+    dispatch: Dispatch,
+    options: PlanOptions,
+    where: str,
+    refused: Mapping[str, str],
+) -> Selected:
+    others = {**table.refused, **refused}
+    hints = [f"tuning: {where}"]
+    for name in table.backends:
+        if name in dispatch.backends or name in others:
+            continue
+        ratio = max(row[dispatch.at(tokens)] / row[name] for tokens, row in table.times.items())
+        if name == DENSE and not options.keep_dense:
+            others[name] = (
+                f"keep_dense is False; it would be up to {ratio:.2f} x as fast as what runs"
+            )
+        else:
+            others[name] = f"measured, and at most {ratio:.3f} x as fast as what runs"
+    if not options.keep_dense and DENSE in dispatch.backends:
+        hints.append("keep_dense is False, but no other backend can run this weight here")
+    return Selected(
+        forms,
+        dispatch.backends,
+        "by measured times" + (f" of {table.taken}" if table.taken else ""),
+        others,
+        dispatch,
+        table,
+        tuple(hints),
+    )
+
+
+def _choices(dispatch: Dispatch, table: Table) -> list[str]:
+    """A row for each number of tokens that was measured, and where the choice changes."""
+    names = table.backends
+    width = max(10, *(len(name) + 2 for name in names))
+    cache = f"level-2 cache emptied up to {table.cold_tokens} tokens"
+    rows = [f"  measured microseconds of a run, bfloat16 in and out, {cache}:"]
+    rows.append(
+        f"    {'tokens':>8}  {'runs':<{width}}" + "".join(f"{name:>{width}}" for name in names)
+    )
+    for tokens, times in table.times.items():
+        cells = "".join(f"{times[name]:>{width}.1f}" for name in names)
+        rows.append(f"    {tokens:>8}  {dispatch.at(tokens):<{width}}{cells}")
+    starts = [
+        f"{name} from {max(1, start)} tokens on"
+        for start, name in zip(dispatch.starts, dispatch.names, strict=True)
+    ]
+    rows.append(f"  dispatch: {', '.join(starts)}")
+    return rows
