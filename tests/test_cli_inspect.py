@@ -133,7 +133,7 @@ def test_sparsest_never_skips_a_pattern_that_fits(zeros, columns):
     weight[np.random.default_rng(3).random(weight.shape) < zeros] = 0
     wanted = (Pattern.parse("6:8"),)
     entry = inspect_module.Entry("a", weight.shape, "F32", weight.nbytes)
-    found = inspect_module._look(entry, weight, wanted, 1).sparsest
+    found = inspect_module.look(entry, weight, wanted, 1).sparsest
     fitting = [pattern for pattern in PATTERNS[:-1] if violations(weight, pattern) == 0]
     assert found == (fitting[0] if fitting else None)
 

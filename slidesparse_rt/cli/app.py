@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from .bench import bench
+from .convert import calibrate, convert
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -200,11 +201,30 @@ def prune(
     _show(report, as_json)
 
 
-@app.command()
+app.command(
+    help="Prune and quantize the linear layers of a Hugging Face model.\n\n"
+    "Everything is checked before anything is written. A run that was killed, or whose disk was "
+    "full, is continued by the same command: finished files are checked and kept. OUT_DIR gets "
+    "safetensors, config.json with a quantization_config, everything else that is no weight, and "
+    "report.json."
+)(convert)
+app.command(
+    help="Run a model over texts and collect the norms that 'convert --method wanda' needs.\n\n"
+    "Needs PyTorch and transformers: pip install 'slidesparse-rt[convert]'."
+)(calibrate)
+
+
+@app.command(
+    help="Show which tensors of a safetensors file fit which patterns, and their sizes when "
+    "packed.\n\n"
+    "For the folder of a converted model: whether every layer is what its config says."
+)
 def inspect(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A safetensors file."),
+        typer.Argument(
+            metavar="FILE", exists=True, help="A safetensors file, or a converted model's folder."
+        ),
     ],
     pattern: Annotated[
         list[str] | None,
@@ -213,7 +233,15 @@ def inspect(
     threads: _THREADS = None,
     as_json: _JSON = False,
 ) -> None:
-    """Show which tensors of a safetensors file fit which patterns, and their sizes when packed."""
+    """Inspect a file or a folder."""
+    if file.is_dir():
+        from .inspect_model import inspect_model
+
+        report = inspect_model(file, patterns=pattern or (), threads=threads)
+        _show(report, as_json)
+        if report.problems:
+            raise typer.Exit(1)
+        return
     from .inspect import inspect_file
 
     _show(inspect_file(file, patterns=pattern or _PATTERNS.split(","), threads=threads), as_json)

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Meter",
+    "byte_meter",
     "console",
     "meter",
     "print_error",
@@ -243,3 +244,40 @@ def meter(steps: int, size: int, *, unit: str = "tensors") -> Iterator[Meter]:
     # Without a terminal it is not even started: some versions of rich print a line when it stops.
     with bar if screen.is_terminal else nullcontext():
         yield Meter(bar, bar.add_task("", total=size, steps=0, of=steps, unit=unit))
+
+
+@contextmanager
+def byte_meter() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar over bytes with the time that is left, on stderr; shown on terminals only.
+
+    Yields what moves it: (what is being worked on, bytes done, bytes in all).
+    """
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.table import Column
+
+    screen = console(stderr=True)
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=28)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=12),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    )
+    with bar if screen.is_terminal else nullcontext():
+        task = bar.add_task("checking", total=None)
+
+        def reached(what: str, done: int, total: int) -> None:
+            bar.update(task, description=printable(what), completed=done, total=total)
+
+        yield reached

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from ..packing import TensorFile
 
-__all__ = ["FLOATS", "Entry", "entries_of", "render_skipped"]
+__all__ = ["FLOATS", "Entry", "entries_of", "kind_of", "render_skipped"]
 
 #: How safetensors spells the types of dtypes.ARRAY_TYPES, the ones that can be pruned.
 FLOATS = ("F32", "F16", "BF16")
@@ -67,6 +67,11 @@ def entries_of(file: TensorFile) -> list[Entry]:
             skip = "no elements"
         entries.append(Entry(name, shape, dtype, file.nbytes(name), skip))
     return entries
+
+
+def kind_of(module: str) -> str:
+    """The module's name without its numbers: the same for one projection of every block."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
 def render_skipped(screen: Console, entries: Sequence[Entry], what: str) -> None:

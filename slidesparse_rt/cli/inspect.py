@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..convert.quantized import QUANTIZED
 from ..dtypes import operand, storage_bits
 from ..errors import NonFiniteError
-from ..packing import SparseWeight, TensorFile, pattern_report
+from ..packing import SparseWeight, TensorFile
+from ..packing.check import values_report
 from ..packing.weight import FORMAT
 from ..pattern import PATTERNS, Pattern
 from .console import meter, printable, share, show_table, size_text, styled
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..packing import PatternReport
 
-__all__ = ["Finding", "InspectReport", "inspect_file"]
+__all__ = ["Finding", "InspectReport", "inspect_file", "look"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +230,7 @@ class InspectReport:
 def inspect_file(
     path: Path, *, patterns: Sequence[str], threads: int | None = None
 ) -> InspectReport:
-    """Check every matrix of floats in ``path`` against ``patterns``.
+    """Check every matrix of floats, and every 8-bit weight with scales, against ``patterns``.
 
     Parameters
     ----------
@@ -250,7 +252,8 @@ def inspect_file(
     """
     wanted = tuple(dict.fromkeys(Pattern.parse(spec) for spec in patterns))
     with TensorFile(path) as file:
-        entries = entries_of(file)
+        names = set(file.keys())
+        entries = [_with_quantized(entry, names) for entry in entries_of(file)]
         todo = [entry for entry in entries if not entry.skip]
         packed = None
         if file.metadata.get("format") == FORMAT:
@@ -263,7 +266,7 @@ def inspect_file(
                 progress.begin(entry.name)
                 # Only zeros matter, and dequantizing keeps them: scales are positive.
                 values = file.read(entry.name) if packed is None else packed.dequantize()
-                findings.append(_look(entry, values, wanted, threads))
+                findings.append(look(entry, values, wanted, threads))
                 progress.advance(entry.nbytes)
         return InspectReport(
             path=path,
@@ -276,12 +279,25 @@ def inspect_file(
         )
 
 
-def _look(
+def _with_quantized(entry: Entry, names: Set[str]) -> Entry:
+    """The entry; an 8-bit weight that has scales is not skipped, and its scales are."""
+    module, _, leaf = entry.name.rpartition(".")
+    if leaf == "weight_scale" and f"{module}.weight" in names:
+        return replace(entry, skip="scales of a weight")
+    matrix = entry.dtype in QUANTIZED and len(entry.shape) == 2 and 0 not in entry.shape
+    if matrix and leaf == "weight" and f"{entry.name}_scale" in names:
+        return replace(entry, skip="")
+    return entry
+
+
+def look(
     entry: Entry, values: NDArray[Any], wanted: Sequence[Pattern], threads: int | None
 ) -> Finding:
+    """Check one matrix of any type that packing knows."""
     try:
         reports = {
-            pattern.name: pattern_report(values, pattern, threads=threads) for pattern in wanted
+            pattern.name: values_report(values, pattern, "weight", threads=threads)
+            for pattern in wanted
         }
     except NonFiniteError as error:
         return Finding(entry, {}, problem=str(error))
@@ -298,7 +314,9 @@ def _sparsest(
         rest = min(columns % pattern.group, pattern.keep)
         if nonzeros > rows * (columns // pattern.group * pattern.keep + rest):
             continue  # more nonzeros than the pattern has room for: no need to look
-        report = reports.get(pattern.name) or pattern_report(values, pattern, threads=threads)
+        report = reports.get(pattern.name) or values_report(
+            values, pattern, "weight", threads=threads
+        )
         if report.violations == 0:
             return pattern
     return None

@@ -11,7 +11,7 @@ from ..pattern import Pattern
 from ._rows import over_rows
 from .bits import bit_rule
 
-__all__ = ["PatternReport", "check_pattern", "check_values", "pattern_report"]
+__all__ = ["PatternReport", "check_pattern", "check_values", "pattern_report", "values_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,14 @@ def pattern_report(
     Takes the same arguments.  NonFiniteError and errors about the array itself are still raised.
     """
     parsed = Pattern.parse(pattern)
-    return _report(as_matrix(weight, "weight", "(N, K)"), parsed, "weight", threads)
+    return values_report(as_matrix(weight, "weight", "(N, K)"), parsed, "weight", threads=threads)
 
 
 def check_values(values: NDArray, pattern: Pattern, what: str, *, threads: int | None) -> None:
     """:func:`check_pattern` for a NumPy matrix of any type that packing knows."""
-    refuse_misfit(_report(values, pattern, what, threads), pattern, values.shape[1], what)
+    refuse_misfit(
+        values_report(values, pattern, what, threads=threads), pattern, values.shape[1], what
+    )
 
 
 def refuse_misfit(report: PatternReport, pattern: Pattern, columns: int, what: str) -> None:
@@ -102,7 +104,10 @@ def refuse_misfit(report: PatternReport, pattern: Pattern, columns: int, what: s
     )
 
 
-def _report(values: NDArray, pattern: Pattern, what: str, threads: int | None) -> PatternReport:
+def values_report(
+    values: NDArray, pattern: Pattern, what: str, *, threads: int | None
+) -> PatternReport:
+    """:func:`pattern_report` for a NumPy matrix of any type that packing knows."""
     from ._kernels import scan
 
     rule = bit_rule(values.dtype, what)

@@ -114,6 +114,11 @@ class TensorFile:
         start, stop = self._entry(name)["data_offsets"]
         return int(stop - start)
 
+    def span(self, name: str) -> tuple[int, int]:
+        """Where one tensor's bytes lie in the file: (first, one past the last)."""
+        start, stop = self._entry(name)["data_offsets"]
+        return self._data_start + int(start), self._data_start + int(stop)
+
     def read(self, name: str) -> NDArray:
         """Map one tensor into memory, read-only.
 
