@@ -119,6 +119,12 @@ SS_DEVICE u64 rows_of_64(u32 address) {
   return LAYOUT | ((address & 0x3ffffu) >> 4);
 }
 
+// --- launches -------------------------------------------------------------------------------------
+
+// Until the kernel launched before on the stream is over and what it wrote can be seen.  Before that
+// only memory may be touched that no launch changes.  PTX ISA, griddepcontrol.
+SS_DEVICE void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" : : : "memory"); }
+
 // --- device memory --------------------------------------------------------------------------------
 
 // Results: written once and not read here, so the first to leave L2.

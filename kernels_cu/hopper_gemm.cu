@@ -132,27 +132,45 @@ SS_DEVICE int block_of(const Item& item, int group) {
 
 // --- loading --------------------------------------------------------------------------------------
 
+SS_DEVICE void load_weights(const u8* packed, const Shape& shape, const Item& item, int stage, u32 target,
+                            u32 barrier) {
+  constexpr int TOGETHER = UNITS > 2 ? 2 : UNITS;  // units side by side in memory
+#pragma unroll
+  for (int unit = 0; unit < UNITS; unit += TOGETHER) {
+    const int block = item.weight_tile * UNITS + unit;
+    // Channels beyond the last panel are multiplied by its weights, and not stored.
+    const int panel = block / 2 < shape.panels ? block / 2 : shape.panels - 1;
+    const i64 number = (panel * static_cast<i64>(shape.steps * 2) + stage) * 2 + (block & 1);
+    copy_bytes(target + TOKEN_BYTES + unit * UNIT, packed + number * UNIT, TOGETHER * UNIT, barrier);
+  }
+}
+
 SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& shape, u32 stages, u32 full,
                            u32 empty) {
-  constexpr int TOGETHER = UNITS > 2 ? 2 : UNITS;  // units side by side in memory
-  u32 position = 0;
   const int items = items_of(shape);
-  for (int index = blockIdx.x; index < items; index += gridDim.x) {
+  // The weights of the first stages before the kernel that writes the tokens is over.
+  const Item first = item_of(blockIdx.x, shape);
+  const int ready = 2 * first.count < STAGES ? 2 * first.count : STAGES;
+  for (int slot = 0; slot < ready; ++slot) {
+    barrier_arrive_for_bytes(full + 8 * slot, TOKEN_BYTES + UNITS * UNIT);
+    load_weights(packed, shape, first, 2 * first.first + slot, stages + slot * STAGE_BYTES, full + 8 * slot);
+  }
+  wait_for_launch_before();
+  for (int slot = 0; slot < ready; ++slot) {
+    copy_box(stages + slot * STAGE_BYTES, map, (2 * first.first + slot) * 128, first.token_tile * TOKENS,
+             full + 8 * slot);
+  }
+  u32 position = ready;
+  int done = ready;  // stages of the item that are under way already
+  for (int index = blockIdx.x; index < items; index += gridDim.x, done = 0) {
     const Item item = item_of(index, shape);
-    for (int stage = 2 * item.first; stage < 2 * (item.first + item.count); ++stage, ++position) {
+    for (int stage = 2 * item.first + done; stage < 2 * (item.first + item.count); ++stage, ++position) {
       const u32 slot = position % STAGES, round = position / STAGES;
       const u32 barrier = full + 8 * slot, target = stages + slot * STAGE_BYTES;
       barrier_wait(empty + 8 * slot, (round & 1) ^ 1);
       barrier_arrive_for_bytes(barrier, TOKEN_BYTES + UNITS * UNIT);
       copy_box(target, map, stage * 128, item.token_tile * TOKENS, barrier);
-#pragma unroll
-      for (int unit = 0; unit < UNITS; unit += TOGETHER) {
-        const int block = item.weight_tile * UNITS + unit;
-        // Channels beyond the last panel are multiplied by its weights, and not stored.
-        const int panel = block / 2 < shape.panels ? block / 2 : shape.panels - 1;
-        const i64 number = (panel * static_cast<i64>(shape.steps * 2) + stage) * 2 + (block & 1);
-        copy_bytes(target + TOKEN_BYTES + unit * UNIT, packed + number * UNIT, TOGETHER * UNIT, barrier);
-      }
+      load_weights(packed, shape, item, stage, target, barrier);
     }
   }
 }
@@ -482,6 +500,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
     return;
   }
   if constexpr (UNEVEN) take_registers<240>();
+  wait_for_launch_before();
   const int thread = threadIdx.x % GROUP_THREADS;
   const bool speaks = (thread & 31) == 0;
   const Epilogue to{token_scales, channel_scales, bias, out, out_stride, &out_map, storing};

@@ -13,6 +13,13 @@ using i64 = long long;
 #define SS_DEVICE __device__ __forceinline__
 #define SS_KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 // Dynamic shared memory as 16-byte vectors.
+// The next kernel of the stream may be set up while this one runs, if it was launched so; it waits by
+// itself for what this one writes.
+SS_DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
 #define SS_STAGE(name) extern __shared__ uint4 name[]
 
 // 16 bytes that are read once: not kept in L1.

@@ -265,6 +265,7 @@ quantize_lift(const u8* x, i64 x_stride, u8* q, i64 q_pitch, float* scales, cons
               int given_step, int rows, int padded_rows, int columns, int stage_bytes, int tile) {
   SS_STAGE(shared);
   __shared__ u32 partial[32];
+  let_next_launch_begin();
   const int warp = SS_WARP_ROW ? threadIdx.x >> 5 : 0;
   const int rows_of_block = SS_WARP_ROW ? blockDim.x >> 5 : 1;
   const u32 stage = shared_address(shared) + warp * stage_bytes;

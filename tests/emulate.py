@@ -114,8 +114,18 @@ class EmulatedCuda:
         self._machine = machine
 
     def raw(self, name: str) -> Any:
-        assert name == "cuLaunchKernel"
-        return self._launch
+        return {"cuLaunchKernel": self._launch, "cuLaunchKernelEx": self._launch_with_settings}[
+            name
+        ]
+
+    def cuDriverGetVersion(self, version: Any) -> None:  # noqa: N802
+        version._obj.value = 13000
+
+    def _launch_with_settings(
+        self, settings: int, function: int, addresses: Any, extra: Any
+    ) -> int:
+        words = struct.unpack("<7I", ctypes.string_at(settings, 28))
+        return self._launch(function, *words, None, addresses, extra)
 
     def cuTensorMapEncodeTiled(self, location: int, *rest: Any) -> None:  # noqa: N802
         """What tests/emulator/hopper.cuh reads of a tensor map."""

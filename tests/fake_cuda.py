@@ -28,6 +28,7 @@ class FakeCuda(Cuda):
         self.retained = 0
         self.shared: dict[int, int] = {}
         self.refuse: dict[str, int] = {}
+        self.driver_version = 13000
         self.mode = 0  # CU_STREAM_CAPTURE_MODE_GLOBAL
         self.streams: dict[int, int] = {}
 
@@ -58,6 +59,9 @@ class FakeCuda(Cuda):
 
     def _cudeviceget(self, device, ordinal):
         device._obj.value = ordinal
+
+    def _cudrivergetversion(self, version):
+        version._obj.value = self.driver_version
 
     def _cudevicegetattribute(self, value, attribute, device):
         value._obj.value = {16: 132, 75: 9, 76: 0, 97: 232448}[attribute]
@@ -142,7 +146,19 @@ class LaunchingCuda(FakeCuda):
         ctypes.memmove(location, struct.pack("<16q", len(self.maps), *[-1] * 15), 128)
 
     def raw(self, name: str) -> Any:
-        return self._launch if name == "cuLaunchKernel" else super().raw(name)
+        mine = {"cuLaunchKernel": self._launch, "cuLaunchKernelEx": self._launch_with_settings}
+        return mine[name] if name in mine else super().raw(name)
+
+    def _launch_with_settings(self, settings: int, function: int, pointers: Any, extra: Any) -> int:
+        """Reads CUlaunchConfig as cuda.h lays it out."""
+        words = struct.unpack("<7I4xQQI", ctypes.string_at(settings, 52))
+        *shape, stream, attributes, count = words
+        status = self._launch(function, *shape, stream, pointers, extra)
+        kinds = [
+            struct.unpack("<i4xi", ctypes.string_at(attributes + 72 * i, 12)) for i in range(count)
+        ]
+        self.launches[-1]["attributes"] = kinds
+        return status
 
     def _launch(self, function: int, *rest: Any) -> int:
         gx, gy, gz, bx, by, bz, shared, stream, pointers, extra = rest

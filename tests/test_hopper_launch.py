@@ -54,6 +54,8 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
         "threads": 3 * 128,
         "shared": config.shared_bytes,
         "stream": 99,
+        # It may begin before the kernel that writes the tokens is over.
+        "attributes": [(6, 1)],
         "maps": [1, 2],
         "values": [
             *(0x1000, 0x3000, 0x4000, 0x5000, 0x6000, 1024, 0x70000, 0x80000),
@@ -79,6 +81,13 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
             "box": (32, 16 if size == 4 else 32),
         },
     ]
+
+
+def test_drivers_that_lose_it_in_graphs_are_not_asked_for_an_early_start(kernels):
+    kernels.cuda.driver_version = 12020
+    gemm = HopperGemm(kernels, "int8", "bfloat16", 256, 512, 512, 40, HopperConfig(32, 2))
+    gemm(*OPERANDS, 0x6000, 256, *REST)
+    assert kernels.cuda.launches[0]["attributes"] == []
 
 
 def test_no_more_blocks_than_multiprocessors(kernels):
@@ -208,7 +217,7 @@ def test_products_that_kernels_cannot_count_are_refused(kernels):
 def test_a_launch_that_fails_has_a_name(kernels):
     gemm = HopperGemm(kernels, "int8", "float32", 64, 256, 256, 1, HopperConfig(128, 2))
     kernels.cuda.status = 700
-    with pytest.raises(LibraryError, match=r"cuLaunchKernel returned 700 \(unknown status\)"):
+    with pytest.raises(LibraryError, match=r"cuLaunchKernelEx returned 700 \(unknown status\)"):
         gemm(*OPERANDS, 0x6000, 64, *REST)
     kernels.cuda.status = 0
     kernels.cuda.refuse["cuTensorMapEncodeTiled"] = 1

@@ -40,6 +40,11 @@ _SWIZZLES = {64: 2, 128: 3}
 _PROMOTE_256B = 3
 _FILL_ZEROS = 0
 
+#: cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the first driver that keeps
+#: it in graphs.
+_EARLY_START = 6
+_EARLY_START_IN_GRAPHS = 12030
+
 # How results are stored (hopper_gemm.cu).
 _ONE_BY_ONE, _SIDE_BY_SIDE, _IN_BOXES = 0, 1, 2
 
@@ -114,8 +119,8 @@ class HopperGemm:
         self._n = n
         spec = catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
-        self._call = _MapLaunch(kernels.cuda, self.kernel, _GEMM_ARGUMENTS)
-        self._shape = (cut.blocks, config.threads, config.shared_bytes)
+        shape = (cut.blocks, config.threads, config.shared_bytes)
+        self._call = _MapLaunch(kernels.cuda, self.kernel, _GEMM_ARGUMENTS, shape)
         panels = -(-n // PANEL_ROWS)
         self._sizes = (
             tokens,
@@ -199,12 +204,8 @@ class HopperGemm:
                     self._out_box,
                 )
             out_map = found
-        blocks, threads, shared = self._shape
         self._call(
             (token_map, out_map),
-            blocks,
-            threads,
-            shared,
             stream,
             packed,
             token_scales,
@@ -297,12 +298,53 @@ class _TensorMap:
         )
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``: a kind, and a value in a union of 64 bytes."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("_gap", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("_rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchSettings(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
 class _MapLaunch:
-    """A launch whose first arguments are two tensor maps; for one thread at a time."""
+    """A launch whose first arguments are two tensor maps; for one thread at a time.
 
-    __slots__ = ("_cuda", "_function", "_maps", "_pack", "_pointers", "_run", "_values")
+    The kernel may begin before the one launched before it on the stream is over, for which it waits
+    by itself (programmatic dependent launch).  ``shape`` is (blocks, threads, shared bytes).
+    """
 
-    def __init__(self, cuda: Cuda, kernel: Kernel, layout: str) -> None:
+    __slots__ = (
+        "_attribute",
+        "_cuda",
+        "_function",
+        "_maps",
+        "_pack",
+        "_pointers",
+        "_run",
+        "_settings",
+        "_settings_at",
+        "_values",
+    )
+
+    def __init__(
+        self, cuda: Cuda, kernel: Kernel, layout: str, shape: tuple[int, int, int]
+    ) -> None:
         self._cuda = cuda
         self._function = kernel.function
         self._values = ctypes.create_string_buffer(struct.calcsize(layout))
@@ -312,23 +354,26 @@ class _MapLaunch:
         )
         self._maps: tuple[_TensorMap, _TensorMap] | None = None
         self._pack = struct.Struct(layout).pack_into
-        self._run = cuda.raw("cuLaunchKernel")
+        version = ctypes.c_int(0)
+        cuda.cuDriverGetVersion(ctypes.byref(version))
+        blocks, threads, shared = shape
+        self._attribute = _LaunchAttribute(kind=_EARLY_START, value=1)
+        self._settings = _LaunchSettings(
+            grid=(blocks, 1, 1),
+            block=(threads, 1, 1),
+            shared=shared,
+            attributes=ctypes.pointer(self._attribute),
+            attribute_count=1 if version.value >= _EARLY_START_IN_GRAPHS else 0,
+        )
+        self._settings_at = ctypes.addressof(self._settings)
+        self._run = cuda.raw("cuLaunchKernelEx")
 
-    def __call__(
-        self,
-        maps: tuple[_TensorMap, _TensorMap],
-        blocks: int,
-        threads: int,
-        shared: int,
-        stream: int,
-        *arguments: int,
-    ) -> None:
+    def __call__(self, maps: tuple[_TensorMap, _TensorMap], stream: int, *arguments: int) -> None:
         if maps != self._maps:
             self._maps = maps  # keeps them alive
             self._pointers[0], self._pointers[1] = maps[0].location, maps[1].location
         self._pack(self._values, 0, *arguments)
-        status = self._run(
-            self._function, blocks, 1, 1, threads, 1, 1, shared, stream, self._pointers, None
-        )
+        self._settings.stream = stream
+        status = self._run(self._settings_at, self._function, self._pointers, None)
         if status:
-            raise self._cuda.error("cuLaunchKernel", status, ())
+            raise self._cuda.error("cuLaunchKernelEx", status, ())

@@ -55,6 +55,7 @@ class Cuda(CLibrary):
 
     FUNCTIONS: ClassVar[Mapping[str, Function]] = functions(
         declare("cuInit", "flags:u32"),
+        declare("cuDriverGetVersion", "version"),
         declare("cuDeviceGet", "device ordinal:int"),
         declare("cuDeviceGetAttribute", "value attribute:int device:int"),
         declare("cuDevicePrimaryCtxRetain", "context device:int"),
@@ -77,6 +78,7 @@ class Cuda(CLibrary):
             "function grid_x:u32 grid_y:u32 grid_z:u32 block_x:u32 block_y:u32 block_z:u32 "
             "shared:u32 stream arguments extra",
         ),
+        declare("cuLaunchKernelEx", "settings function arguments extra"),
         declare("cuMemsetD8Async", "address value:u32 bytes:size stream"),
         declare(
             "cuTensorMapEncodeTiled",

@@ -51,8 +51,15 @@ struct Engine {
   std::map<u32, Barrier> named;
   std::map<int, std::vector<std::vector<Store>>> stores;      // by thread; the last group is open
   std::map<int, std::vector<std::vector<Product>>> products;  // the same
+  std::map<int, bool> waited;  // threads for which the launch before is over
 };
 inline Engine engine;
+
+inline void wait_for_launch_before() { engine.waited[machine.running] = true; }
+// What the launch before may still write or read.
+inline void touch_changing_memory() {
+  if (!engine.waited[machine.running]) complain("the launch before may not be over");
+}
 
 inline void reset_engine() {
   for (const auto& of_thread : engine.stores)
@@ -138,6 +145,7 @@ inline u32 swizzled_64(u32 address) { return address ^ ((address >> 7 & 3) << 4)
 
 inline void copy_box(u32 target, const TensorMap* map, int column, int row, u32 barrier) {
   if (target % 1024) complain("a swizzled box that is not aligned");
+  touch_changing_memory();
   std::vector<u8> bytes(map->box_rows() * 128, 0);
   for (int r = 0; r < map->box_rows(); ++r) {
     for (int b = 0; b < 128; ++b) {
@@ -162,6 +170,7 @@ inline std::vector<std::vector<Store>>& my_stores() {
 }
 inline void store_box(const TensorMap* map, int column, int row, u32 source) {
   if (source % (8 * map->box_bytes())) complain("a swizzled box that is not aligned");
+  touch_changing_memory();
   my_stores().back().push_back({map, column, row, source});
 }
 inline void stores_commit() { my_stores().emplace_back(); }
@@ -228,6 +237,7 @@ inline u32 __shfl_sync(u32, u32 value, int lane) {
 template <typename T>
 void checked_store(u8* address, T value) {
   if (reinterpret_cast<std::uintptr_t>(address) % sizeof value) complain("misaligned global store");
+  touch_changing_memory();
   std::memcpy(address, &value, sizeof value);
 }
 inline void store_result(u8* address, u32 a) { checked_store(address, a); }
@@ -240,6 +250,7 @@ inline uint2 shared_load8(u32 address) {
   return v;
 }
 inline u32 atomic_next(u32* address, u32 most) {
+  touch_changing_memory();
   const u32 before = *address;
   *address = before >= most ? 0 : before + 1;
   return before;
