@@ -9,6 +9,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fake_tuning import Machine
+
     from slidesparse_rt import SparseGemmPlan
 
 # deadline=None: the first call of a kernel compiles it.
@@ -53,3 +57,11 @@ def small() -> Iterator[SparseGemmPlan]:
 
     with SparseGemmPlan(fitted("6:8", 4, 16), "6:8") as made:
         yield made
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
+    """A GPU that only has a clock, with three backends; see fake_tuning.py."""
+    from fake_tuning import make_machine
+
+    yield from make_machine(monkeypatch, tmp_path)

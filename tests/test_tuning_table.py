@@ -20,6 +20,7 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "tuning-recorded.json").
 RESULTS = Path(__file__).resolve().parents[1]
 NAMES = ("hopper", "cusparselt", "dense")
 
+
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
     """Times of two or three backends at some of the buckets, often close to each other."""

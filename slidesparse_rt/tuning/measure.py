@@ -107,7 +107,7 @@ def measure(
     settings:
         How.
     buckets:
-        The numbers of tokens to measure; ``None``: all that ``settings`` names.
+        Those of the numbers of tokens in ``settings`` to measure; ``None``: all.
     progress:
         Called before each number of tokens, and once at the end.
 
@@ -125,7 +125,9 @@ def measure(
         If every backend failed: the last one's.
     """
     with working_on(forms.device.index), contextlib.ExitStack() as held:
-        wanted = settings.buckets if buckets is None else tuple(sorted(buckets))
+        wanted = settings.buckets
+        if buckets is not None:
+            wanted = tuple(tokens for tokens in wanted if tokens in set(buckets))
         return _Bench(forms, workspace_limit, settings, wanted, held).run(progress)
 
 
@@ -185,7 +187,8 @@ class _Bench:
         seconds = self._settings.seconds
         found: dict[int, dict[str, float]] = {}
         memory: DeviceMemoryError | None = None
-        for done, tokens in enumerate(coarse_first(self._buckets)):
+        order = [m for m in coarse_first(self._settings.buckets) if m in self._buckets]
+        for done, tokens in enumerate(order):
             if found and seconds is not None and time.monotonic() - started >= seconds:
                 break
             if progress is not None:

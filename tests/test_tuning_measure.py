@@ -1,0 +1,237 @@
+"""Measuring on a GPU that has only a clock: what is timed, in which state, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fake_gpu import Memory
+from fake_tuning import A_TOKEN, K, Machine, N
+
+import slidesparse_rt as ss
+from slidesparse_rt.arrays import Device
+from slidesparse_rt.backends.base import RawWeight
+from slidesparse_rt.backends.gpu_forms import GpuForms, pack_forms
+from slidesparse_rt.dtypes import operand
+from slidesparse_rt.tuning import BUCKETS, Table, measure
+from slidesparse_rt.tuning.measure import MeasureOptions
+
+RAW = RawWeight(None, ss.Pattern.parse("6:8"), operand("int8"))
+LIMIT = 2 << 30
+
+
+def packed(made: Machine, **options: Any) -> GpuForms:
+    backends, _ = made.able(made.names, None, None)  # type: ignore[arg-type]
+    return pack_forms(
+        list(backends.values()), RAW, None, Device("cuda"), ss.PlanOptions(), **options
+    )
+
+
+@pytest.fixture
+def forms(gpu_machine: Machine) -> Iterator[GpuForms]:
+    made = packed(gpu_machine)
+    yield made
+    made.close()
+
+
+def times(forms: GpuForms, **settings: Any) -> Table:
+    progress = settings.pop("progress", None)
+    limit = settings.pop("limit", LIMIT)
+    return measure.measure(forms, limit, MeasureOptions(**settings), progress=progress)
+
+
+def test_every_backend_is_timed_at_every_bucket(gpu_machine: Machine, forms: GpuForms) -> None:
+    held = set(Memory.held)
+    table = times(forms)
+    assert table.tokens == BUCKETS
+    assert table.backends == ("hopper", "cusparselt", "dense")
+    for tokens, row in table.times.items():
+        assert row == pytest.approx(
+            {name: gpu_machine.price(name, tokens) for name in row}, rel=1e-9
+        )
+    assert table.cold_tokens == 512
+    assert table.taken
+    assert table.refused == {}
+    # bf16 in, bf16 out, and nothing is kept.
+    assert {row[2:] for row in gpu_machine.stepped} == {("bfloat16", "bfloat16")}
+    assert Memory.held == held
+    assert table.dispatch().backends == ("dense", "hopper")
+
+
+def test_the_cache_is_emptied_before_each_run_where_tokens_are_few(
+    gpu_machine: Machine,
+    forms: GpuForms,
+) -> None:
+    times(forms, most_tokens=1024, cold_tokens=32, rounds=5)
+    ran = [tokens for _, tokens, _, _ in gpu_machine.cuda.events]
+    # Buckets 1, 16 and 32; five rounds of three backends each, every one right after a flush.
+    flushed = [ran[at] for at in gpu_machine.gpu.flushed]
+    assert sorted(flushed) == sorted([1, 16, 32] * 15)
+    assert len(set(gpu_machine.gpu.flushed)) == len(gpu_machine.gpu.flushed)
+    gpu_machine.gpu.flushed.clear()
+    times(forms, most_tokens=16, cold_tokens=0)
+    assert gpu_machine.gpu.flushed == []
+
+
+def test_short_warm_runs_are_timed_together(gpu_machine: Machine, forms: GpuForms) -> None:
+    marks: list[float] = []
+    real = measure._Bench._event
+
+    def event(self: Any) -> Any:
+        marks.append(gpu_machine.cuda.now)
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure._Bench, "_event", event)
+        times(forms, most_tokens=1, cold_tokens=0, rounds=3)
+    # After the two marks of warming up of each: pairs around at least 100 us.
+    pairs = marks[6:]
+    assert len(pairs) == 3 * 3 * 2
+    for begin, end in zip(pairs[::2], pairs[1::2], strict=True):
+        assert 100 <= end - begin < 200
+
+
+def test_rounds_follow_the_time_that_they_take(gpu_machine: Machine, forms: GpuForms) -> None:
+    times(forms, most_tokens=16)
+    assert len(gpu_machine.gpu.flushed) == 2 * 41 * 3
+    gpu_machine.gpu.flushed.clear()
+    gpu_machine.price = lambda name, tokens: 5_000.0
+    times(forms, most_tokens=16)
+    assert len(gpu_machine.gpu.flushed) == 2 * 7 * 3
+
+
+def test_the_median_counts_and_the_order_changes(gpu_machine: Machine, forms: GpuForms) -> None:
+    calls: list[str] = []
+
+    def noisy(name: str, tokens: int) -> float:
+        return 10.0
+
+    gpu_machine.price = noisy
+    real = gpu_machine.cuda.enqueue
+
+    def enqueue(work: Any, us: float) -> None:
+        if gpu_machine.cuda.capturing is None and us == 10.0:
+            calls.append("run")
+            us = 1_000.0 if len(calls) % 7 == 0 else us
+        real(work, us)
+
+    gpu_machine.cuda.enqueue = enqueue  # type: ignore[method-assign]
+    table = times(forms, most_tokens=1, rounds=21)
+    assert table.times[1] == {"hopper": 10.0, "cusparselt": 10.0, "dense": 10.0}
+    tail = [name for name, *_ in gpu_machine.cuda.events[-63:]]
+    rounds = [tuple(tail[i : i + 3]) for i in range(0, 63, 3)]
+    assert all(len(set(row)) == 3 for row in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_long_runs_are_split_as_a_plan_splits_them(gpu_machine: Machine, forms: GpuForms) -> None:
+    gpu_machine.most = {"dense": 256}
+    table = times(forms, most_tokens=1024)
+    assert table.times[1024]["dense"] == pytest.approx(4 * gpu_machine.price("dense", 256))
+    assert table.times[1024]["hopper"] == pytest.approx(gpu_machine.price("hopper", 1024))
+    x, y = zip(
+        *[
+            (x, y)
+            for name, tokens, x, y in gpu_machine.cuda.events
+            if (name, tokens) == ("dense", 256)
+        ],
+        strict=True,
+    )
+    assert {b - a for a, b in zip(sorted(set(x)), sorted(set(x))[1:], strict=False)} == {
+        256 * K * 2
+    }
+    assert {b - a for a, b in zip(sorted(set(y)), sorted(set(y))[1:], strict=False)} == {
+        256 * N * 2
+    }
+
+
+def test_a_backend_that_breaks_is_out_everywhere(gpu_machine: Machine, forms: GpuForms) -> None:
+    gpu_machine.broken = {"cusparselt": 1000}
+    table = times(forms)
+    assert table.tokens == BUCKETS
+    assert table.backends == ("hopper", "dense")
+    assert table.refused == {"cusparselt": "it failed: cusparselt broke"}
+    assert gpu_machine.cuda.capturing is None
+    gpu_machine.broken = dict.fromkeys(gpu_machine.names, 0)
+    with pytest.raises(ss.LibraryError, match="broke"):
+        times(forms)
+
+
+def test_what_cannot_be_packed_is_out_unless_it_must_be(gpu_machine: Machine) -> None:
+    gpu_machine.unpackable = {"cusparselt": ss.LibraryError("no kernel\nat all")}
+    made = packed(gpu_machine, strict=False)
+    assert list(made) == ["hopper", "dense"]
+    assert times(made, most_tokens=1).refused == {"cusparselt": "it failed: no kernel"}
+    made.close()
+    assert Memory.held == set()
+    with pytest.raises(ss.LibraryError, match="no kernel"):
+        packed(gpu_machine)
+    gpu_machine.unpackable = dict.fromkeys(gpu_machine.names, ss.CompileError("none"))
+    with pytest.raises(ss.CompileError):
+        packed(gpu_machine, strict=False)
+    gpu_machine.unpackable = {"dense": ss.PatternError("a weight that does not fit")}
+    with pytest.raises(ss.PatternError):
+        packed(gpu_machine, strict=False)
+    assert Memory.held == set()
+
+
+def test_without_memory_for_many_tokens_few_are_measured(
+    gpu_machine: Machine,
+    forms: GpuForms,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    held = set(Memory.held)
+    flush = 2 * gpu_machine.gpu.l2_bytes
+    gpu_machine.gpu.l2_bytes = 1 << 10
+    gpu_machine.gpu.room = 1024 * K * 2  # of x
+    assert times(forms).tokens == tuple(m for m in BUCKETS if m <= 512)  # A_TOKEN and counters
+    assert "1024 tokens are not measured: no " in caplog.text
+    assert A_TOKEN["cusparselt"] * 1024 < gpu_machine.gpu.room
+    gpu_machine.gpu.room = 16
+    with pytest.raises(ss.DeviceMemoryError):
+        times(forms)
+    gpu_machine.gpu.room = flush
+    assert Memory.held == held
+
+
+def test_a_time_budget_measures_few_and_many_tokens_first(
+    gpu_machine: Machine,
+    forms: GpuForms,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "monotonic", lambda: now[0])
+    told: list[tuple[str, int, int]] = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        told.append((name, done, total))
+        now[0] += 1.0
+
+    assert times(forms, seconds=3.0, progress=progress).tokens == (1, 128, 16384)
+    assert told == [
+        ("8 x 16, M = 1", 0, 12),
+        ("8 x 16, M = 16384", 1, 12),
+        ("8 x 16, M = 128", 2, 12),
+        ("", 12, 12),
+    ]
+    # One is always measured.
+    assert times(forms, seconds=0.0).tokens == (1,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"most_tokens": 100}, "the largest number of tokens to measure is 100; allowed are 1, 16"),
+        ({"cold_tokens": -1}, "cold_tokens is -1; allowed is a whole number from 0 on"),
+        ({"cold_tokens": 1.0}, "cold_tokens is 1.0"),
+        ({"rounds": 0}, "rounds is 0; allowed is a whole number from 1 on"),
+        ({"rounds": True}, "rounds is True"),
+        ({"seconds": -1.0}, "seconds is -1.0; allowed is None or a number from 0 on"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"seconds": "1"}, "seconds is '1'"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ss.OptionError, match=says):
+        MeasureOptions(**settings)

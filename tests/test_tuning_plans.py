@@ -1,0 +1,401 @@
+"""Plans that hold a weight in several forms, on stand-ins: no GPU is needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import Memory
+from fake_tuning import PACKED, STREAM, K, Machine, N
+from plans import fitted
+
+import slidesparse_rt as ss
+from slidesparse_rt import gpu_run
+from slidesparse_rt.backends import BACKENDS, GPU_BACKENDS, Problem, _order, able
+from slidesparse_rt.dtypes import operand
+from slidesparse_rt.tuning import BUCKETS, select
+from slidesparse_rt.tuning.measure import MeasureOptions
+
+WEIGHT = fitted("6:8", N, K)
+SCALES = 4 * N
+
+
+def plan(**arguments: Any) -> ss.SparseGemmPlan:
+    return ss.SparseGemmPlan(WEIGHT, "6:8", **({"device": "cuda"} | arguments))
+
+
+def x_of(tokens: int) -> torch.Tensor:
+    return torch.zeros(tokens, K, dtype=torch.bfloat16)
+
+
+def test_a_plan_measures_and_dispatches(gpu_machine: Machine) -> None:
+    with plan(tuning="measure") as made:
+        gpu_machine.ran()
+        assert made.backends == ("dense", "hopper")
+        assert made.backend == "dense+hopper"
+        assert made.timings is not None
+        assert set(made.timings) == set(BUCKETS)
+        # 20 + 1.5 M against 50 + M: equal at 60.
+        for tokens in (0, 1, 59, 60, 61, 1000, 1 << 15):
+            assert made.run(x_of(tokens)).shape == (tokens, N)
+            name = "dense" if tokens < 60 else "hopper"
+            if tokens != 60:
+                assert made.backend_for(tokens) == name
+                assert gpu_machine.ran() == ([(name, tokens)] if tokens else [])
+            else:
+                gpu_machine.ran()
+        assert repr(made).endswith("dense+hopper)")
+    # One upload for all that were measured.
+    assert gpu_machine.uploads == 1
+    assert gpu_machine.packs == ["hopper", "cusparselt", "dense"]
+
+
+def test_only_what_runs_is_held(gpu_machine: Machine) -> None:
+    with plan(tuning="measure") as made:
+        held = PACKED["dense"] + PACKED["hopper"] + SCALES
+        assert made.nbytes == held
+        made.run(x_of(100))
+        assert made.nbytes > held
+        assert len(Memory.held) == 2 + 1 + 1  # forms, scales, workspace
+    assert made.nbytes == 0
+    assert Memory.held == set()
+    made.close()
+
+
+def test_a_second_plan_takes_what_is_kept(gpu_machine: Machine) -> None:
+    with plan(tuning="measure") as first:
+        table = first.timings
+    for tuning in ("cached", "measure"):
+        gpu_machine.packs.clear()
+        gpu_machine.ran()
+        with plan(**({} if tuning == "cached" else {"tuning": tuning})) as made:
+            assert made.timings == table
+            assert gpu_machine.ran() == []  # nothing was measured
+            assert gpu_machine.packs == ["dense", "hopper"]
+            assert made.backends == ("dense", "hopper")
+            assert made.nbytes == PACKED["dense"] + PACKED["hopper"] + SCALES
+
+
+def test_what_was_cut_short_goes_on(gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "_PLAN_SECONDS", 0.0)
+    seen = []
+    for _ in range(4):
+        with plan(tuning="measure") as made:
+            assert made.timings is not None
+            seen.append(tuple(made.timings))
+    assert seen == [(1,), (1, 16384), (1, 128, 16384), (1, 128, 2048, 16384)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bias": np.full(N, 0.1, np.float32), "dtype": "bf16"}, {"x_scale": 0.5}, {"dtype": "bf16"}],
+    ids=str,
+)
+def test_what_is_measured_for_another_weight_is_not_taken(
+    gpu_machine: Machine, change: dict[str, Any]
+) -> None:
+    with plan(tuning="measure"):
+        pass
+    if "bias" in change:
+        with plan(tuning="measure", dtype="bf16"):
+            pass
+    with plan(**change) as made:
+        assert made.timings is None
+        assert made.backend == "hopper"
+        assert "by rule" in made.explain()
+    with plan(bias=np.ones(N, np.float32)) as made:  # costs an int8 product nothing
+        assert made.timings is not None
+
+
+def test_without_measurements_the_rule_chooses(gpu_machine: Machine) -> None:
+    with plan() as made:
+        assert (made.backend, made.timings) == ("hopper", None)
+        assert made.backend_for(1) == made.backend_for(10_000) == "hopper"
+        text = made.explain()
+        assert "backend: hopper (asked for: auto; by rule)" in text
+        assert "`slidesparse tune 8 16 --pattern 6:8 --dtype int8` measures it" in text
+        assert "refused other: by rule" in text
+        made.run(x_of(3))
+        assert gpu_machine.ran() == [("hopper", 3)]
+    with plan(tuning="measure"):
+        pass
+    with plan(tuning="heuristic") as made:
+        assert (made.backend, made.timings) == ("hopper", None)
+        assert "slidesparse tune" not in made.explain()
+    with plan(backend="dense") as made:
+        assert (made.backend, made.timings) == ("dense", None)
+
+
+def test_without_dense_its_memory_is_free(gpu_machine: Machine) -> None:
+    lean = ss.PlanOptions(keep_dense=False)
+    for tuning in ("measure", "cached"):
+        with plan(tuning=tuning, options=lean) as made:
+            assert made.backends == ("hopper",)
+            assert made.nbytes == PACKED["hopper"] + SCALES
+            assert (
+                "refused dense: keep_dense is False; it would be up to 2.37 x as fast as what runs"
+                in made.explain()
+            )
+    gpu_machine.names = ("dense",)
+    with plan(tuning="measure", options=lean) as made:
+        assert made.backends == ("dense",)
+        assert "keep_dense is False, but no other backend can run" in made.explain()
+    gpu_machine.names = ("dense", "hopper")
+    with plan(tuning="heuristic", options=lean) as made:
+        assert made.backend == "hopper"
+
+
+def test_explain_shows_choices_times_and_memory(gpu_machine: Machine) -> None:
+    gpu_machine.names = ("hopper", "dense")
+    with plan(tuning="measure") as made:
+        text = made.explain()
+        lines = [line.split() for line in text.splitlines()]
+        assert ["tokens", "runs", "hopper", "dense"] in lines
+        assert ["1", "dense", "51.0", "21.5"] in lines
+        assert ["16384", "hopper", "16434.0", "24596.0"] in lines
+        assert "dispatch: dense from 1 tokens on, hopper from 6" in text
+        assert "memory of hopper: 1,000 bytes" in text
+        assert "memory of dense: 3,000 bytes" in text
+        assert "memory of scales and bias: 32 bytes" in text
+        assert f"memory: {made.nbytes:,} bytes held" in text
+        assert f"kept in {gpu_machine.tables.folder}" in text
+        assert "refused cusparselt: it is hidden" in text
+        assert "by measured times of 20" in text
+    assert "memory of" not in made.explain()
+    assert "closed" in made.explain()
+    gpu_machine.names = ("hopper", "cusparselt", "dense")
+    with plan(tuning="measure", dtype="bf16") as made:
+        assert "refused cusparselt: measured, and at most 0." in made.explain()
+
+
+def test_each_form_is_prepared_for_its_tokens(gpu_machine: Machine) -> None:
+    gpu_machine.most = {"hopper": 1 << 20, "dense": 16}
+    with plan(tuning="measure") as made:
+        forms = made._prepared
+        gpu_machine.stepped.clear()
+        made.prepare([5, 24, 2000], x_dtype="float16")
+        # 24 tokens are split as dense splits them.
+        assert {row[:2] for row in gpu_machine.stepped} == {
+            ("dense", 5),
+            ("dense", 16),
+            ("dense", 8),
+            ("hopper", 2000),
+        }
+        assert {row[2:] for row in gpu_machine.stepped} == {("float16", "float16")}
+        assert 2000 in forms["hopper"].pinned
+        assert 5 in forms["dense"].pinned
+        assert 2000 not in forms["dense"].pinned
+
+
+def test_one_run_stays_with_one_form(gpu_machine: Machine) -> None:
+    """The rest of a run that is split is not handed to another backend."""
+    gpu_machine.most = {"hopper": 256}
+    with plan(tuning="measure") as made:
+        gpu_machine.ran()
+        made.run(x_of(520))
+        assert gpu_machine.ran() == [("hopper", 256), ("hopper", 256), ("hopper", 8)]
+
+
+def test_a_tuned_plan_can_be_captured(gpu_machine: Machine) -> None:
+    """Once prepared a launch allocates nothing, whichever form runs; unprepared it says so."""
+    with plan(tuning="measure") as made:
+        made.prepare([8, 2000], stream=SimpleNamespace(cuda_stream=STREAM))
+        held = set(Memory.held)
+        gpu_machine.ran()
+        gpu_machine.cuda.capturing = []
+        for tokens in (8, 2000):
+            made.run(x_of(tokens))
+        assert len(gpu_machine.cuda.capturing) == 2
+        with pytest.raises(ss.CaptureError, match=r"prepare\(tokens=\[4000\]"):
+            made.run(x_of(4000))
+        gpu_machine.cuda.capturing = None
+        assert Memory.held == held
+        assert gpu_machine.ran() == []
+
+
+def test_what_is_remembered_for_a_kind_of_x_holds_its_form(gpu_machine: Machine) -> None:
+    """The choice is made once for each kind of x, not in every run."""
+    with plan(tuning="measure") as made:
+        asked: list[int] = []
+        runner = made._runner
+        real = runner._form
+
+        def form(tokens: int) -> Any:
+            asked.append(tokens)
+            return real(tokens)
+
+        runner._form = form
+        for _ in range(5):
+            for tokens in (8, 2000):
+                made.run(x_of(tokens))
+        assert asked == [8, 2000]
+        assert isinstance(next(iter(runner._routes.values())).form, gpu_run._Form)
+
+
+def test_threads_run_both_forms_at_once(gpu_machine: Machine) -> None:
+    with plan(tuning="measure") as made:
+        gpu_machine.ran()
+        sizes = [8, 2000, 30, 64] * 5
+        threads = [
+            threading.Thread(target=lambda m=m: [made.run(x_of(m)) for _ in range(10)])
+            for m in sizes
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found = gpu_machine.ran()
+        assert sorted(found) == sorted((made.backend_for(m), m) for m in sizes for _ in range(10))
+
+
+def test_errors_give_all_memory_back(gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for broken in ({"hopper": 0, "cusparselt": 0, "dense": 0}, {}):
+        gpu_machine.broken = broken
+        if broken:
+            with pytest.raises(ss.LibraryError, match="broke"):
+                plan(tuning="measure")
+    assert Memory.held == set()
+    with plan(tuning="measure"):
+        pass
+    # A form that was measured can no longer be packed: nothing takes its place in silence.
+    gpu_machine.unpackable = {"dense": ss.LibraryError("not any more")}
+    with pytest.raises(ss.LibraryError, match="not any more"):
+        plan()
+    assert Memory.held == set()
+    gpu_machine.unpackable = {}
+
+    def refuse(*arguments: Any) -> None:
+        raise ss.DeviceError("no runner")
+
+    monkeypatch.setattr(gpu_run, "GpuRunner", refuse)
+    with pytest.raises(ss.DeviceError, match="no runner"):
+        plan()
+    assert Memory.held == set()
+
+
+def test_a_full_gpu_is_not_remembered(gpu_machine: Machine) -> None:
+    gpu_machine.unpackable = {"dense": ss.DeviceMemoryError("full")}
+    with plan(tuning="measure") as made:
+        assert made.backends == ("hopper",)
+        text = made.explain()
+        assert "kept nowhere" in text
+        assert "refused dense: it failed: full" in text
+    assert gpu_machine.tables.empty
+    gpu_machine.unpackable = {"dense": ss.LibraryError("never")}
+    with plan(tuning="measure"):
+        pass
+    assert not gpu_machine.tables.empty
+
+
+def test_times_of_backends_that_are_gone_are_ignored(
+    gpu_machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with plan(tuning="measure"):
+        pass
+    gpu_machine.names = ("cusparselt", "hopper")
+    with plan() as made:
+        assert made.backends == ("hopper",)
+        assert "refused dense: it is hidden" in made.explain()
+    gpu_machine.names = ("other",)
+    with caplog.at_level(logging.WARNING), plan() as made:
+        assert made.timings is None
+    assert "cannot run here any more" in caplog.text
+    gpu_machine.names = ()
+    with pytest.raises(ss.BackendUnavailable, match="hopper: it is hidden"):
+        select.tune(
+            WEIGHT,
+            None,
+            Problem(N, K + 1, ss.Pattern.parse("6:8"), operand("int8")),
+            None,  # type: ignore[arg-type]
+            ss.PlanOptions(),
+            None,
+            MeasureOptions(most_tokens=16),
+        )
+
+
+def test_a_cache_that_is_damaged_is_no_cache(
+    gpu_machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with plan(tuning="measure"):
+        pass
+    assert gpu_machine.tables.folder is not None
+    (path,) = gpu_machine.tables.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:-20])
+    with plan() as made:
+        assert (made.backend, made.timings) == ("hopper", None)
+    assert "are ignored" in caplog.text
+    with plan(tuning="measure") as made:
+        assert made.backend == "dense+hopper"
+    with plan() as made:
+        assert made.backend == "dense+hopper"
+
+
+# ------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"tuning": "fast"}, "tuning 'fast' is unknown; allowed are 'cached', 'measure', 'heur"),
+        ({"tuning": None}, "tuning None is unknown"),
+        ({"tuning": ["cached"]}, "is unknown"),
+        (
+            {"tuning": "measure", "backend": "dense"},
+            "but backend='dense' names one; pass backend='auto', or leave tuning= out",
+        ),
+        (
+            {"tuning": "measure", "options": ss.PlanOptions(fuse_channel_scales=True)},
+            "fuse_channel_scales exists for cusparselt alone",
+        ),
+        (
+            {"backend": "dense", "options": ss.PlanOptions(keep_dense=False)},
+            "keep_dense is False, but the backend is dense; pass backend='auto'",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(ss.OptionError, match=says):
+        ss.SparseGemmPlan(WEIGHT, "6:8", **arguments)
+
+
+def test_on_the_cpu_there_is_nothing_to_measure() -> None:
+    for tuning in select.TUNINGS:
+        with ss.SparseGemmPlan(WEIGHT, "6:8", tuning=tuning) as made:
+            assert (made.backends, made.timings) == (("reference",), None)
+            assert made.backend_for(7) == "reference"
+            assert "tuning" not in made.explain()
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_backends_that_can_run() -> None:
+    problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
+    found, refused = able([*GPU_BACKENDS, "reference", "odd"], problem, ss.plan.Device("cuda"))
+    assert found == {}
+    assert refused["odd"] == "there is no such backend"
+    assert "plan is on cuda:0" in refused["reference"]
+    assert set(GPU_BACKENDS) == set(BACKENDS) - {"auto", "reference"}
+    found, _ = able(["reference"], problem, ss.plan.CPU)
+    assert list(found) == ["reference"]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_rule_takes_dense_last_where_its_memory_is_to_be_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from slidesparse_rt import backends
+
+    problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
+    monkeypatch.setattr(
+        backends, "_able", lambda row, *rest: (row, "") if row.module != "hopper" else (None, "no")
+    )
+    device = ss.plan.Device("cuda")
+    monkeypatch.setattr(backends, "_order", lambda *a: (["hopper", "dense", "cusparselt"], "so"))
+    assert backends.choose("auto", problem, device).backend.module == "dense"  # type: ignore[attr-defined]
+    lean = backends.choose("auto", problem, device, False)
+    assert lean.backend.module == "cusparselt"  # type: ignore[attr-defined]
+    assert _order(problem, ss.plan.CPU)[0][-1] == "reference"
