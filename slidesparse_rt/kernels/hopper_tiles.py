@@ -216,7 +216,7 @@ def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
 
 
 def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
-    """By how many blocks each of ``tiles``, fewer than multiprocessors, is shared best; 1: by none."""
+    """By how many blocks each tile is shared best, where ``tiles`` are left over; 1: by none."""
     reads = config.rows // 64 * 2 * (config.tokens // 2 + 16)
     loads = (config.rows * 80 + config.tokens * STAGE_BYTES) // _INGRESS
     of_tile = 2 * steps * max(reads, loads)
