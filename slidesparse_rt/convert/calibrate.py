@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -231,13 +231,23 @@ def _loaded(
     """The model, ready to run, and the tokens of the texts."""
     folder = str(checkpoint.folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, torch_dtype="auto", output_loading_info=True
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise OptionError(
             f"transformers cannot load {folder} as a causal language model with its tokenizer: "
             f"{error}"
         ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise OptionError(
+            f"{folder} lacks {len(missing)} weights of transformers' {type(model).__name__}: "
+            f"{listed(missing)}; it would run with random numbers instead, so get an intact "
+            f"checkpoint"
+        )
     tokens: list[int] = []
     for text in texts:
         tokens += tokenizer(text, verbose=False)["input_ids"]
@@ -247,6 +257,20 @@ def _loaded(
         return model.to(device).eval(), tokens
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"PyTorch cannot use device {device!r}: {error}") from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' own progress bars, which are a setting of the whole process."""
+    logging = transformers.utils.logging
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _modules(model: Any, layers: dict[str, Layer]) -> dict[str, Any]:
