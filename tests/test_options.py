@@ -58,6 +58,15 @@ def test_fusing_is_true_or_false(fuse: Any) -> None:
     assert str(caught.value) == f"fuse_channel_scales is {fuse!r}; allowed are True and False"
 
 
+@pytest.mark.parametrize("keep", [0, 1, None, "no"])
+def test_keeping_dense_is_true_or_false(keep: Any) -> None:
+    assert PlanOptions().keep_dense
+    assert not PlanOptions(keep_dense=False).keep_dense
+    with pytest.raises(OptionError) as caught:
+        PlanOptions(keep_dense=keep)
+    assert str(caught.value) == f"keep_dense is {keep!r}; allowed are True and False"
+
+
 def test_options_are_frozen_and_keyword_only() -> None:
     with pytest.raises(FrozenInstanceError):
         PlanOptions().threads = 2  # type: ignore[misc]

@@ -118,7 +118,7 @@ def test_without_measurements_the_rule_chooses(gpu_machine: Machine) -> None:
         assert made.backend_for(1) == made.backend_for(10_000) == "hopper"
         text = made.explain()
         assert "backend: hopper (asked for: auto; by rule)" in text
-        assert "`slidesparse tune 8 16 --pattern 6:8 --dtype int8` measures it" in text
+        assert "measures it, and so does `slidesparse tune 8 16 --pattern 6:8 --dtype int8`" in text
         assert "refused other: by rule" in text
         made.run(x_of(3))
         assert gpu_machine.ran() == [("hopper", 3)]
@@ -129,6 +129,27 @@ def test_without_measurements_the_rule_chooses(gpu_machine: Machine) -> None:
         assert "slidesparse tune" not in made.explain()
     with plan(backend="dense") as made:
         assert (made.backend, made.timings) == ("dense", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "command"),
+    [
+        ({}, "slidesparse tune 8 16 --pattern 6:8 --dtype fp8_e4m3`"),
+        ({"bias": np.ones(N, np.float32)}, "--dtype fp8_e4m3 --bias`"),
+        ({"bias": np.full(N, 0.1, np.float32)}, ""),
+        ({"x_scale": 0.5}, ""),
+        ({"options": ss.PlanOptions(workspace_limit=1 << 20)}, ""),
+    ],
+    ids=["plain", "bias", "rounded", "static", "limit"],
+)
+def test_explain_names_the_command_only_where_it_would_help(
+    gpu_machine: Machine, change: dict[str, Any], command: str
+) -> None:
+    with plan(dtype="fp8_e4m3", **change) as made:
+        text = made.explain()
+    assert "tuning='measure' measures it" in text
+    assert command in text
+    assert ("slidesparse tune" in text) == bool(command)
 
 
 def test_without_dense_its_memory_is_free(gpu_machine: Machine) -> None:

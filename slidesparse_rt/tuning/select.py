@@ -31,6 +31,8 @@ _LOG = logging.getLogger(__name__)
 TUNINGS = ("cached", "measure", "heuristic")
 #: Seconds after which a plan that measures begins no further number of tokens.
 _PLAN_SECONDS = 30.0
+#: The workspace limit that `slidesparse tune` measures with.
+_COMMON_LIMIT = PlanOptions().workspace_limit
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,7 @@ def select(
             found = _measured(source, bias, problem, device, options, x_scale)
         elif tuning == "cached":
             found = _kept(source, bias, problem, device, options, x_scale)
-            hints = (
-                "tuning: nothing is measured for this weight here; tuning='measure' or "
-                f"`slidesparse tune {problem.n} {problem.k} --pattern {problem.pattern.name} "
-                f"--dtype {problem.dtype.name}` measures it",
-            )
+            hints = (_advice(problem, bias, options, x_scale),)
         if found is not None:
             return found
     prepared = choice.backend.prepare(source, bias, device, options, x_scale=x_scale)
@@ -247,6 +245,21 @@ def tune(
     except BaseException:
         forms.close()
         raise
+
+
+def _advice(
+    problem: Problem, bias: NDArray | None, options: PlanOptions, x_scale: np.float32 | None
+) -> str:
+    """How to measure a weight of which nothing is kept."""
+    words = "tuning: nothing is measured for this weight here; tuning='measure' measures it"
+    kind = bias_kind(problem, bias)
+    if kind == "rounded" or x_scale is not None or options.workspace_limit != _COMMON_LIMIT:
+        return words  # the command has no options for these
+    return (
+        f"{words}, and so does `slidesparse tune {problem.n} {problem.k} "
+        f"--pattern {problem.pattern.name} --dtype {problem.dtype.name}"
+        f"{'' if kind == 'none' else ' --bias'}`"
+    )
 
 
 def _key(
