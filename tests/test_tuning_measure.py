@@ -101,6 +101,14 @@ def test_rounds_follow_the_time_that_they_take(gpu_machine: Machine, forms: GpuF
     assert len(gpu_machine.gpu.flushed) == 2 * 7 * 3
 
 
+def test_the_gpu_is_warm_before_anything_is_timed(gpu_machine: Machine, forms: GpuForms) -> None:
+    times(forms, most_tokens=16, rounds=1)
+    first = gpu_machine.cuda.events.index(("hopper", 16, *gpu_machine.cuda.events[0][2:]))
+    spent = [gpu_machine.price(name, tokens) for name, tokens, _, _ in gpu_machine.cuda.events]
+    assert sum(spent[:first]) >= 50_000
+    assert sum(spent[first:]) < 3 * 3_000 + 20 * 132 + 1_000
+
+
 def test_the_median_counts_and_the_order_changes(gpu_machine: Machine, forms: GpuForms) -> None:
     calls: list[str] = []
 
