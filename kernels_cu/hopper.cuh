@@ -48,10 +48,6 @@ SS_DEVICE void barrier_wait(u32 barrier, u32 parity) {
 SS_DEVICE void named_barrier(u32 name, u32 threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(name), "r"(threads) : "memory");
 }
-// Count as arrived, without waiting for the others.
-SS_DEVICE void named_barrier_arrive(u32 name, u32 threads) {
-  asm volatile("bar.arrive %0, %1;" : : "r"(name), "r"(threads) : "memory");
-}
 
 // --- the copy engine ------------------------------------------------------------------------------
 

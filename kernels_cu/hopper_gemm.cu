@@ -69,7 +69,7 @@ constexpr int BARRIERS = GATHER + (K_GROUPS ? (GROUPS - 1) * BLOCKS * SUMS * GRO
 static_assert(!K_GROUPS || STAGES % (2 * GROUPS) == 0, "stages must be whole rounds of turns");
 
 // Names of barriers among warpgroups.
-constexpr u32 GATHER_FULL = 1, GATHER_FREE = 2, PART_WRITTEN = 3, PART_KNOWN = 4;
+constexpr u32 GATHER_FULL = 1, PART_WRITTEN = 2, PART_KNOWN = 3;
 
 // Whether there are registers to spare for scale and bias of channels while the last products run.
 constexpr bool EARLY = !SPLITS && BLOCKS * TOKENS <= 384;
@@ -192,13 +192,20 @@ SS_DEVICE void start_product(Sums& sums, u32 metadata, u32 tokens, u32 units, in
   products_commit();
 }
 
+// One lane of each warp says that all are done with a stage.
+SS_DEVICE void release_stage(u32 empty) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) barrier_arrive(empty);
+}
+
 SS_DEVICE u32 plus(u32 a, u32 b) { return INTEGER ? a + b : as_bits(add(as_float(a), as_float(b))); }
 
-// Warpgroups that took turns at K': the first gets the sum, in the order of the warpgroups.
-SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, bool fresh, bool more) {
+// Warpgroups that took turns at K': the first gets the sum, in the order of the warpgroups.  `free`: a
+// barrier at which it says that it has read `buffer`; `round` counts the tiles.
+SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, u32 free, u32 round) {
   constexpr u32 ALL = GROUPS * GROUP_THREADS;
   if (group > 0) {
-    if (!fresh) named_barrier(GATHER_FREE, ALL);
+    if (round) barrier_wait(free, (round - 1) & 1);
     const u32 mine = buffer + (group - 1) * BLOCKS * SUMS * GROUP_THREADS * 4 + thread * 4;
 #pragma unroll
     for (int i = 0; i < BLOCKS * SUMS; ++i) {
@@ -217,8 +224,7 @@ SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, bool
       sum = plus(sum, shared_load4(theirs + i * GROUP_THREADS * 4));
     }
   }
-  // Without waiting: the others come here only after products that need this warpgroup to go on.
-  if (more) named_barrier_arrive(GATHER_FREE, ALL);
+  barrier_arrive(free);
 }
 
 // Blocks that share a tile: true for the last one, which gets the sum, in the order of K'.
@@ -480,7 +486,8 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   SS_ALIGNED_STAGE(shared);
   const u32 stages = shared_address(shared);
   const u32 full = stages + BARRIERS, empty = full + 8 * STAGES;
-  u32* const last = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES);
+  const u32 gather_free = empty + 8 * STAGES;
+  u32* const last = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES + 8);
   const Shape shape{tokens, channels, steps, panels, weight_tiles, token_tiles, tile_group, whole,
                     splits};
   if (threadIdx.x == 0) {
@@ -488,6 +495,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       barrier_init(full + 8 * slot, 1);
       barrier_init(empty + 8 * slot, 4 * (K_GROUPS ? 1 : GROUPS));
     }
+    if (K_GROUPS) barrier_init(gather_free, GROUP_THREADS);
     barrier_init_done();
   }
   __syncthreads();
@@ -502,7 +510,6 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   if constexpr (UNEVEN) take_registers<240>();
   wait_for_launch_before();
   const int thread = threadIdx.x % GROUP_THREADS;
-  const bool speaks = (thread & 31) == 0;
   const Epilogue to{token_scales, channel_scales, bias, out, out_stride, &out_map, storing};
   const u32 turn = K_GROUPS ? group : 0;
   const u32 own_units = TOKEN_BYTES + (K_GROUPS ? 0 : group * BLOCKS * UNIT);
@@ -515,7 +522,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   static_assert(IN_FLIGHT + 2 <= 4, "a product's metadata must not be overwritten");
 
   int index = blockIdx.x;
-  bool fresh = true;
+  u32 round = 0;
 #pragma unroll 1
   while (true) {
     const bool more = index + static_cast<int>(gridDim.x) < items_of(shape);
@@ -545,8 +552,8 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
           start_product(sums, metadata[o % 4], stage_tokens, units, p);
           if (p + 1 < PRODUCTS) metadata[(o + 1) % 4] = metadata_of(units, p + 1, thread);
           products_wait<IN_FLIGHT>();
-          // Of the former stage no product is in flight any more.
-          if (p == IN_FLIGHT - 1 && speaks && (stage || step)) barrier_arrive(empty + 8 * before);
+          // Of the former stage no product is in flight any more, and no lane reads metadata.
+          if (p == IN_FLIGHT - 1 && (stage || step)) release_stage(empty + 8 * before);
           // Only then: the next stage may have to be loaded to where the former one was.
           if (p + 1 == PRODUCTS && (stage == 0 || step + 1 < count)) {
             barrier_wait(full + 8 * next_slot, follower / STAGES & 1);
@@ -567,12 +574,12 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
     const int channel = first_channel_of(item, group, warp) + own_channel(item, group);
     if constexpr (EARLY) held = channels_of(to, channel, channels - channel);
     products_wait<0>();
-    if (speaks) barrier_arrive(empty + 8 * before);
+    release_stage(empty + 8 * before);
     position += 2 * of_item;
 
     bool mine = true;
     if constexpr (K_GROUPS) {
-      gather_groups(sums, group, thread, stages + GATHER, fresh, more);
+      gather_groups(sums, group, thread, stages + GATHER, gather_free, round);
       mine = group == 0;
     }
     if (SPLITS && mine && index >= whole) {
@@ -583,9 +590,9 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       write_tile(sums, held, item, group, warp, own_scales, own_buffers, shape, to);
     }
     if (!more) break;
-    fresh = false;
+    ++round;
     index += gridDim.x;
   }
   // Shared memory must outlive the stores that read it.
-  if (BOXES && speaks) stores_wait_read<0>();
+  if (BOXES && (thread & 31) == 0) stores_wait_read<0>();
 }

@@ -115,11 +115,11 @@ def test_it_is_for_one_compute_capability_and_every_format(dtype: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "pattern", "row_length", "slid_bytes"),
     [
-        ("int8", "2:4", 4112, 4352),  # K' = 4100
-        ("int8", "6:8", 6160, 6400),  # 6156
-        ("fp8_e4m3", "4:6", 5472, 5632),  # 5472
-        ("bf16", "6:8", 6160, 12_544),
-        ("fp16", "2:4", 4104, 8448),
+        ("int8", "2:4", 4224, 4352),  # K' = 4100
+        ("int8", "6:8", 6272, 6400),  # 6156
+        ("fp8_e4m3", "4:6", 5504, 5632),  # 5472
+        ("bf16", "6:8", 6208, 12_544),
+        ("fp16", "2:4", 4160, 8448),
     ],
 )
 def test_the_weight_is_slid_and_packed(
@@ -128,6 +128,7 @@ def test_the_weight_is_slid_and_packed(
     made = prepared(machine, dtype=dtype, pattern=pattern)
     size = operand(dtype).bits // 8
     assert made.row_length == row_length
+    assert row_length * size % 128 == 0  # each box of the copy engine is one line of L2 a token
     assert machine.slid == [(1024, slid_bytes // size, STREAM)]
     pack = machine.kernels.cuda.launches[0]
     assert pack["stream"] == STREAM

@@ -30,8 +30,9 @@ __all__ = ["HopperBackend"]
 
 #: The one compute capability that has these instructions.
 _CAPABILITY = (9, 0)
-#: Bytes that the copy engine wants rows of tokens to be multiples of.
-_ROW_MULTIPLE = 16
+#: Bytes that rows of tokens are multiples of: lines of L2.  The copy engine takes multiples of 16,
+#: but reads two lines then for the 128 bytes that a stage has of a token.
+_ROW_MULTIPLE = 128
 #: Buckets up to here find their weights out of the cache, as the next layer of a model would.
 _COLD_TOKENS = 512
 
