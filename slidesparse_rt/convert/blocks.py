@@ -123,7 +123,10 @@ def convert_block(handle: int, weight: Tensor, recipe: Recipe, start: int, stop:
     ones = np.ones(stop - start, np.float32)
     if recipe.scales is None:
         pruned = _pruned(rows, recipe)
-        values, scales = quantize_rows(pruned, recipe.dtype, threads=1)
+        if kind == recipe.dtype.dtype:
+            values, scales = pruned, None  # converting would change nothing
+        else:
+            values, scales = quantize_rows(pruned, recipe.dtype, threads=1)
         if scales is None:
             _refuse_overflow(values, pruned, weight, recipe.dtype, start)
         value_scales = ones if scales is None else scales
