@@ -9,6 +9,7 @@ leaves its files on the disk (fsync), not in memory.
 
     python benchmarks/convert.py
     python benchmarks/convert.py --blocks 1 --rounds 1 --output result.json
+    python benchmarks/convert.py --blocks 32 --ours    # a whole 7B: 21 GB of disk
 """
 
 from __future__ import annotations
@@ -402,6 +403,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=positive, default=worker_count(None), help="default: every core"
     )
+    parser.add_argument("--ours", action="store_true", help="int8 of this library alone")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--output", type=Path, help="also write the report to this JSON file")
@@ -427,6 +429,9 @@ def all_cases(pattern: str, threads: int) -> list[Case]:
 def main() -> int:
     arguments = parse()
     cases = all_cases(arguments.pattern, arguments.threads)
+    if arguments.ours:
+        cases = [case for case in cases if case.name == OURS and case.step.startswith("int8")]
+        cases = [case for case in cases if "wanda" not in case.step]
     if arguments.memory_of:
         case = next(case for case in cases if case.name == arguments.memory_of)
         memory_child(case, arguments.model, arguments.folder)
