@@ -384,3 +384,22 @@ def test_symbolic_links_are_followed(model: Path, tmp_path: Path) -> None:
     manifest = "slidesparse-manifest.json"
     assert links.pop(manifest) != files.pop(manifest)  # it lists the outputs
     assert links == files
+
+
+def test_the_page_quotes_the_result_files() -> None:
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs" / "convert.md").read_text(encoding="utf-8")
+    for name in ("convert-cpu.json", "convert-7b-cpu.json"):
+        result = json.loads((root / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+        assert f"an {result['cpu']} with" in page
+        for row in result["results"]:
+            peak = row["peak_memory_bytes"]
+            cells = (
+                f"{result['blocks']} of {result['blocks_of_the_whole_model']} blocks",
+                row["step"],
+                row["version"],
+                f"{row['median_seconds']:.1f}",
+                f"{row['weights_per_second'] / 1e6:.0f}",
+                "-" if peak is None else f"{peak / 1e6:.0f} MB",
+            )
+            assert f"| {' | '.join(cells)} |" in page
