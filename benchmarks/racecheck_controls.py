@@ -1,14 +1,14 @@
-"""Two correct kernels that compute-sanitizer's racecheck is asked about, to know what it can see.
+"""Correct kernels that compute-sanitizer's racecheck is asked about, to know what it can see.
 
-    compute-sanitizer --tool racecheck python benchmarks/racecheck_controls.py copies
-    compute-sanitizer --tool racecheck python benchmarks/racecheck_controls.py barriers
+    compute-sanitizer --tool racecheck python benchmarks/racecheck_controls.py lanes
+    compute-sanitizer --tool racecheck python benchmarks/racecheck_controls.py warps
 
-They order their accesses to shared memory in the two ways in which hopper_gemm.cu does, each as the
-PTX manual writes it down, and nothing else.  "copies": the copy engine fills a buffer, a barrier in
-shared memory (mbarrier) counts its bytes, threads wait for that, read, and count themselves at a
-second barrier, for which the next copy waits.  "barriers": half of the threads write and half read,
-each telling the other with bar.arrive and waiting with bar.sync.  What racecheck reports of these
-it also reports of any kernel made so.  Both check their results.  Needs compute capability 9.0.
+Both order their accesses to shared memory as hopper_gemm.cu does, and do nothing else: the copy
+engine fills a buffer, a barrier in shared memory (mbarrier) counts its bytes, threads wait for
+that, read, and are counted at a second barrier, for which the next copy waits.  Of "lanes" each
+reader arrives by itself, as the PTX manual has it; of "warps" one lane arrives for its warp, after
+__syncwarp().  What racecheck reports of these it also reports of any kernel made so.  Both check
+their results.  Needs compute capability 9.0.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ __device__ void wait(u32 barrier, u32 parity) {
 }
 
 // Rounds of 32 words: warp 1 asks for them, warp 0 adds them up.
-extern "C" __global__ void copies(const u32* from, u32* sums, int rounds) {
+template <bool EACH>
+__device__ void rounds_of_copies(const u32* from, u32* sums, int rounds) {
   __shared__ alignas(128) u32 words[32];
   __shared__ alignas(8) unsigned long long full, empty;
   if (threadIdx.x == 0) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(at(&full)) : "memory");
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 32;" : : "r"(at(&empty)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 : : "r"(at(&empty)), "r"(EACH ? 32 : 1) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
   }
   __syncthreads();
@@ -49,38 +51,27 @@ extern "C" __global__ void copies(const u32* from, u32* sums, int rounds) {
     if (threadIdx.x < 32) {
       wait(at(&full), r & 1);
       sum += words[threadIdx.x];
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(at(&empty)) : "memory");
+      if (!EACH) __syncwarp();
+      if (EACH || threadIdx.x == 0) {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(at(&empty)) : "memory");
+      }
     }
   }
   if (threadIdx.x < 32) sums[threadIdx.x] = sum;
 }
-
-// Warp 1 writes, warp 0 reads and adds up.
-extern "C" __global__ void barriers(const u32* from, u32* sums, int rounds) {
-  __shared__ u32 words[32];
-  const int lane = threadIdx.x & 31;
-  u32 sum = 0;
-  for (int r = 0; r < rounds; ++r) {
-    if (threadIdx.x < 32) {
-      asm volatile("bar.sync 1, 64;" : : : "memory");
-      sum += words[lane];
-      asm volatile("bar.arrive 2, 64;" : : : "memory");
-    } else {
-      if (r) asm volatile("bar.sync 2, 64;" : : : "memory");
-      words[lane] = from[32 * r + lane];
-      asm volatile("bar.arrive 1, 64;" : : : "memory");
-    }
-  }
-  if (threadIdx.x >= 32) asm volatile("bar.sync 2, 64;" : : : "memory");
-  if (threadIdx.x < 32) sums[lane] = sum;
+extern "C" __global__ void lanes(const u32* from, u32* sums, int rounds) {
+  rounds_of_copies<true>(from, sums, rounds);
+}
+extern "C" __global__ void warps(const u32* from, u32* sums, int rounds) {
+  rounds_of_copies<false>(from, sums, rounds);
 }
 """
 
 
 def main() -> None:
     (name,) = sys.argv[1:]
-    if name not in ("copies", "barriers"):
-        raise SystemExit(f"{name!r} is unknown; allowed are copies, barriers")
+    if name not in ("lanes", "warps"):
+        raise SystemExit(f"{name!r} is unknown; allowed are lanes, warps")
     module = cupy.RawModule(code=_SOURCE)
     rounds = 100
     words = cupy.random.randint(0, 1000, (rounds, 32), dtype=cupy.uint32)
