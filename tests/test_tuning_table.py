@@ -70,6 +70,11 @@ def test_recorded_times_choose_what_was_faster() -> None:
         # One form is enough for all.
         assert recorded(dtype, "2:4", "H200").dispatch() == Dispatch((0,), ("cusparselt",))
         assert recorded(dtype, "6:8", "H100").dispatch() == Dispatch((0,), ("hopper",))
+    # On an H100 bf16 has fewer bytes to read where tokens are few, and more to lift where not.
+    mixed = recorded("bf16", "6:8", "H100").dispatch()
+    assert [mixed.at(tokens) for tokens in (1, 16, 64, 256, 1024, 4096, 16384)] == (
+        ["hopper"] * 3 + ["dense"] * 4
+    )
     assert recorded("bf16", "8:10", "H200").dispatch() == Dispatch((0,), ("dense",))
     assert recorded("bf16", "2:4", "H200").dispatch().backends == ("dense", "cusparselt")
 
