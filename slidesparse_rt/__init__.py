@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .plan import sparse_matmul as sparse_matmul
     from .weights import check_pattern as check_pattern
     from .weights import prune as prune
+    from .workspace import Workspace as Workspace
 
 # Public name -> module that holds it.
 _HOMES = {
@@ -80,6 +81,7 @@ _HOMES = {
     "sparse_matmul": "plan",
     "check_pattern": "weights",
     "prune": "weights",
+    "Workspace": "workspace",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604  (the table above is the list)

@@ -29,10 +29,19 @@ from .device_arrays import (
     stream_pointer,
 )
 from .dtypes import ArrayType
-from .errors import ArrayError, CaptureError, DeviceError, DeviceMemoryError, ShapeError
+from .errors import (
+    ArrayError,
+    CaptureError,
+    DeviceError,
+    DeviceMemoryError,
+    OptionError,
+    PlanClosed,
+    ShapeError,
+)
 from .kernels.loader import kernels_of, relaxed_capture
 from .options import PlanOptions
 from .tuning import Dispatch
+from .workspace import Workspace as SharedWorkspace
 
 __all__ = ["GpuRunner"]
 
@@ -119,7 +128,17 @@ class GpuRunner:
         self._out_routes: dict[Hashable, _OutRoute] = {}
         self._parked: deque[tuple[Any, object]] = deque()
         self._captured: list[object] = []
-        self.workspace = Workspace(gpu_device(device.index))
+        shared = options.workspace
+        if shared is not None and not isinstance(shared, SharedWorkspace):
+            raise OptionError(
+                f"workspace is {shared!r}; allowed are None and a slidesparse_rt.Workspace"
+            )
+        self._owned = shared is None
+        self._closed = False
+        #: The plan's own, or the one that it shares.
+        self.workspace: Workspace = (
+            Workspace(gpu_device(device.index)) if shared is None else shared.memory(device)
+        )
 
     def run(self, x: Any, out_type: ArrayType | None, out: Any, stream: Any) -> Any:
         """See :meth:`slidesparse_rt.SparseGemmPlan.run`."""
@@ -191,7 +210,7 @@ class GpuRunner:
         refuse_per_thread_stream(pointer)
         self._refuse_foreign(pointer)
         with working_on(self._index), self.workspace.lock:
-            self.workspace.check_open()
+            self._check_open()
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
             for count in tokens:
@@ -206,13 +225,27 @@ class GpuRunner:
                         self.workspace.address(step.nbytes, pointer, part)
 
     def close(self) -> None:
-        """Give the workspace back."""
-        with working_on(self._index):
-            self.workspace.close()
+        """Give the workspace back, if it is the plan's own."""
+        with self.workspace.lock:
+            self._closed = True
+        if self._owned:
+            with working_on(self._index):
+                self.workspace.close()
         self._routes.clear()
         self._out_routes.clear()
         self._parked.clear()
         self._captured.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of workspace that are the plan's own."""
+        return self.workspace.nbytes if self._owned else 0
+
+    def _check_open(self) -> None:
+        """Raise PlanClosed once this plan or its workspace is closed; hold the workspace's lock."""
+        if self._closed:
+            raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+        self.workspace.check_open()
 
     def _refuse_foreign(self, stream: int) -> None:
         """Raise DeviceError for a stream of another GPU: kernels of this one cannot run on it."""
@@ -324,7 +357,7 @@ class GpuRunner:
         prepared, most = form.prepared, form.most
         # One thread at a time from here: what it launches must not be interleaved with another's.
         with workspace.lock:
-            workspace.check_open()
+            self._check_open()
             if 0 < rows <= most:
                 direct = prepared.can_write(out_kind, out, out_stride, rows)
                 key = (get_ident(), direct)

@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,9 @@ class PlanOptions:
         Bytes of GPU workspace that quantized tokens and sums of one launch may take, at least 1
         MiB.  A product that would need more is done in several launches over tokens, each of 256
         tokens at least.  What a library needs besides (some megabytes) is not counted.
+    workspace:
+        A :class:`slidesparse_rt.Workspace` that the plan shares with others, on the plan's device;
+        ``None`` gives it one of its own.  Plans on the CPU use none.
     fuse_channel_scales:
         For int8 on the backend "cusparselt", OptionError with any other: the product itself applies
         the channel scales and writes bfloat16, so the second pass reads half the bytes.  Results
@@ -42,6 +46,7 @@ class PlanOptions:
 
     threads: int | None = None
     workspace_limit: int = 2 << 30
+    workspace: Any = None
     fuse_channel_scales: bool = False
     keep_dense: bool = True
 

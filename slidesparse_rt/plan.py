@@ -212,12 +212,12 @@ class SparseGemmPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the plan holds: packed weight, scales, bias, and workspace on a GPU."""
+        """Bytes that the plan holds: packed weight, scales, bias, and a workspace of its own."""
         if self._closed:
             return 0
         if self._device == CPU:
             return int(self._prepared.nbytes) + (0 if self._weight is None else self._weight.nbytes)
-        return int(self._prepared.nbytes) + int(self._runner.workspace.nbytes)
+        return int(self._prepared.nbytes) + int(self._runner.nbytes)
 
     def run(self, x: Any, *, out: Any = None, stream: Any = None) -> Any:
         """Multiply: ``y = x @ weight.T + bias``.

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import slidesparse_rt as ss
-from slidesparse_rt import device_arrays, gpu_run
+from slidesparse_rt import device_arrays, gpu_run, workspace
 from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Problem, gpu_gemm
 from slidesparse_rt.backends.workspace import COUNTER_BYTES, Workspace
@@ -293,3 +293,92 @@ def test_formats_that_a_gpu_lacks() -> None:
     assert say("L", None, problem, gpu) == "L has no fp8_e4m3 product"
     assert say("L", (8, 9), problem, gpu) == "fp8_e4m3 needs compute capability 8.9, A100 has 8.0"
     assert say("L", (8, 0), problem, gpu) == ""
+
+
+# --- a workspace that plans share ---------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> ss.Workspace:
+    class Block:
+        def __init__(self, nbytes: int) -> None:
+            self.nbytes, self.pointer = nbytes, 1 << 20
+
+        def close(self) -> None:
+            self.nbytes = 0
+
+    device: Any = SimpleNamespace(
+        index=0, allocate=Block, clear=lambda *_: None, synchronize=lambda _: None
+    )
+    monkeypatch.setattr(workspace, "gpu_device", lambda index: device)
+    for module in (workspace, gpu_run):
+        monkeypatch.setattr(module, "working_on", contextlib.nullcontext)
+    return ss.Workspace("cuda")
+
+
+def sharing(like: gpu_run.GpuRunner, shared: Any) -> gpu_run.GpuRunner:
+    """Another plan's runner."""
+    options = ss.PlanOptions(workspace=shared)
+    return gpu_run.GpuRunner(Prepared(), like._problem, Device("cuda"), options)
+
+
+def test_plans_share_its_blocks_and_its_lock(
+    runner: gpu_run.GpuRunner, shared: ss.Workspace
+) -> None:
+    first, second = (sharing(runner, shared) for _ in range(2))
+    assert first.workspace is second.workspace is not runner.workspace
+    assert first.nbytes == second.nbytes == 0  # it counts for itself
+    with first.workspace.lock:
+        address = first.workspace.address(1000, 0, 1)
+    assert second.workspace.address(500, 0, 1) == address
+    assert shared.nbytes > 1000
+    assert repr(shared) == f"Workspace(cuda:0, {shared.nbytes:,} bytes)"
+
+
+def test_a_plan_that_is_closed_leaves_it_to_the_others(
+    runner: gpu_run.GpuRunner, shared: ss.Workspace
+) -> None:
+    first, second = (sharing(runner, shared) for _ in range(2))
+    first.workspace.address(1000, 0, 1)
+    first.close()
+    assert shared.nbytes > 1000
+    with pytest.raises(ss.PlanClosed, match="this plan is closed"):
+        run(first, torch.zeros(4, K))
+    assert only(first).prepared.launches == []
+    run(second, torch.zeros(4, K))
+    assert len(only(second).prepared.launches) == 1
+
+
+def test_once_closed_no_plan_runs_with_it(runner: gpu_run.GpuRunner, shared: ss.Workspace) -> None:
+    plan = sharing(runner, shared)
+    with shared:
+        run(plan, torch.zeros(4, K))
+    shared.close()
+    assert shared.nbytes == 0
+    assert repr(shared) == "Workspace(cuda:0, closed)"
+    with pytest.raises(ss.PlanClosed, match="this workspace is closed"):
+        run(plan, torch.zeros(4, K))
+    with pytest.raises(ss.PlanClosed, match="make a new Workspace"):
+        sharing(runner, shared)
+
+
+def test_a_plan_s_own_goes_with_it(runner: gpu_run.GpuRunner, shared: ss.Workspace) -> None:
+    del shared
+    runner.close()
+    with pytest.raises(ss.PlanClosed):
+        runner.workspace.check_open()
+
+
+def test_wrong_workspaces(runner: gpu_run.GpuRunner) -> None:
+    with pytest.raises(ss.DeviceError, match=r"device is 'cpu'; a workspace is memory of a GPU"):
+        ss.Workspace("cpu")
+    with pytest.raises(ss.DeviceError, match=r"the plan is on cuda:0, its workspace on cuda:1"):
+        sharing(runner, ss.Workspace("cuda:1"))
+    with pytest.raises(ss.OptionError, match=r"workspace is 7; allowed are None and a slidesparse"):
+        sharing(runner, 7)
+
+
+def test_one_that_no_plan_used_holds_nothing() -> None:
+    with ss.Workspace("cuda:3") as unused:
+        assert unused.nbytes == 0
+        assert str(unused.device) == "cuda:3"

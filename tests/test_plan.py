@@ -375,8 +375,7 @@ def test_a_plan_on_a_gpu_hands_over_to_its_runner(monkeypatch: pytest.MonkeyPatc
             return Held()
 
     class Runner:
-        class workspace:  # noqa: N801
-            nbytes = 7
+        nbytes = 7
 
         def __init__(
             self, prepared: Any, problem: Any, device: Device, options: Any, dispatch: Any

@@ -51,7 +51,7 @@ class Workspace:
     def check_open(self) -> None:
         """Raise PlanClosed after :meth:`close`; hold :attr:`lock`."""
         if self._closed:
-            raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+            raise PlanClosed("this workspace is closed; make a new one")
 
     def address(self, nbytes: int, stream: int, tokens: int) -> int:
         """Address of at least ``nbytes`` for launches on ``stream``, 256-byte aligned.
