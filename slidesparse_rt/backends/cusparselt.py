@@ -45,7 +45,7 @@ from ..options import PlanOptions
 from .base import Problem, Support
 from .fp16_probe import fp16_problem
 from .gpu_device import Buffer, GpuDevice, working_on
-from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, Product, refused_format, round_up, token_bucket
 from .gpu_weight import GpuWeight
 
 __all__ = ["CusparseltBackend"]
@@ -91,7 +91,7 @@ def _one_and_zero() -> tuple[HostScalar, HostScalar]:
     return HostScalar(ctypes.c_float, 1.0), HostScalar(ctypes.c_float, 0.0)
 
 
-class _Product:
+class _Product(Product):
     """A searched cuSPARSELt plan for one padded number of tokens."""
 
     direct = False

@@ -44,7 +44,7 @@ from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
 from .gpu_device import Buffer, GpuDevice, working_on
-from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, Product, refused_format, round_up, token_bucket
 from .gpu_weight import GpuWeight
 from .timing import fastest
 
@@ -77,7 +77,7 @@ _FORMATS = {
 }
 
 
-class _Product:
+class _Product(Product):
     """A cuBLASLt product for one number of tokens."""
 
     def __init__(

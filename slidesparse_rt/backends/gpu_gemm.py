@@ -15,8 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +48,8 @@ __all__ = [
 _SPLIT = 256
 #: Products and steps that one thread keeps ready for one plan; each is a few kilobytes.
 _KEPT = 128
+#: Places in memory for which a step keeps its launches ready.
+_PLACES = 8
 _ALIGNMENT = 256
 
 
@@ -73,24 +74,24 @@ class Layout:
     nbytes: int
 
 
-class Product(Protocol):
-    """A matrix product that is ready to launch for one number of tokens."""
+class Product(ABC):
+    """A matrix product that is ready to launch for one number of tokens.
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Workspace that the library needs."""
-        ...
+    Attributes
+    ----------
+    scratch_bytes:
+        Workspace that the library needs.
+    direct:
+        Whether it writes the result itself, scales and bias included.
+    how:
+        How the product is done, for people; "" where the library does not say.
+    """
 
-    @property
-    def direct(self) -> bool:
-        """Whether it writes the result itself, scales and bias included."""
-        ...
+    scratch_bytes: int
+    direct: bool
+    how: str
 
-    @property
-    def how(self) -> str:
-        """How the product is done, for people; "" where the library does not say."""
-        ...
-
+    @abstractmethod
     def launch(
         self,
         tokens: int,
@@ -106,7 +107,20 @@ class Product(Protocol):
         ``target_stride`` counts elements from row to row; ``counters`` are
         :data:`~slidesparse_rt.backends.workspace.COUNTER_BYTES` bytes, zero before and after.
         """
-        ...
+
+    def fixed(
+        self, tokens: int, token_scales: int, scratch: int, counters: int
+    ) -> Callable[[int, int, int], None]:
+        """Return :meth:`launch` with these in place: (target, target stride, stream) -> launched.
+
+        For one thread at a time.
+        """
+        launch = self.launch
+
+        def fixed(target: int, target_stride: int, stream: int) -> None:
+            launch(tokens, token_scales, target, target_stride, scratch, counters, stream)
+
+        return fixed
 
 
 class GpuPrepared(ABC):
@@ -149,7 +163,10 @@ class GpuPrepared(ABC):
 
     @abstractmethod
     def can_write(self, kind: ArrayType, out: int, out_stride: int, tokens: int) -> bool:
-        """Whether the library could write a result of ``kind`` at this address itself."""
+        """Whether the library could write a result of ``kind`` at this address itself.
+
+        Of the address nothing counts but its lowest 8 bits.
+        """
 
     @abstractmethod
     def release(self) -> None:
@@ -283,19 +300,45 @@ class GpuPrepared(ABC):
             )
 
 
+class _Placed:
+    """The launches of a step at one place in memory, with all that stays there written."""
+
+    __slots__ = ("finish", "multiply", "quantize", "sums")
+
+    def __init__(
+        self,
+        quantize: Callable[[int, int, int], None],
+        multiply: Callable[[int, int, int], None],
+        finish: Callable[[int, int, int], None] | None,
+        sums: int,
+    ) -> None:
+        self.quantize = quantize
+        self.multiply = multiply
+        self.finish = finish
+        self.sums = sums
+
+
 class Step:
-    """Everything that one launch does, with all that can be known ahead worked out."""
+    """Everything that one launch does, with all that can be known ahead worked out.
+
+    For one thread at a time: the launches keep their arguments from call to call.
+    """
 
     __slots__ = (
+        "_base",
         "_bias",
         "_channel_scales",
         "_dequantize",
         "_layout",
+        "_now",
         "_padded_n",
+        "_placed",
         "_product",
         "_quantize",
         "_scaled",
         "_tokens",
+        "_x_scale",
+        "nbytes",
     )
 
     def __init__(
@@ -308,47 +351,67 @@ class Step:
         stream: int,
     ) -> None:
         self._product = prepared.product(tokens, out_kind if direct else None, stream)
-        quantize: Callable[..., None] = prepared.quantizer(x_kind, stream)
-        x_scale = prepared.weight.x_scale
-        self._quantize = partial(quantize, given=x_scale) if x_scale else quantize
+        self._quantize = prepared.quantizer(x_kind, stream)
         self._dequantize = None if self._product.direct else prepared.dequantizer(out_kind, stream)
         self._layout = prepared.layout(self._product, tokens)
         self._tokens = tokens
         self._padded_n = prepared.padded_n
+        self._x_scale = prepared.weight.x_scale
         self._scaled = prepared.weight.operand.scaled
         self._channel_scales = prepared.channel_scales
         self._bias = prepared.weight.bias
-
-    @property
-    def nbytes(self) -> int:
-        """Workspace that it needs."""
-        return self._layout.nbytes
+        #: Workspace that it needs.
+        self.nbytes = self._layout.nbytes
+        # By the address of the workspace: each stream has its own.
+        self._placed: dict[int, _Placed] = {}
+        self._base = -1  # no address
+        self._now: _Placed | None = None
 
     def __call__(
         self, x: int, x_stride: int, out: int, out_stride: int, workspace: Workspace, stream: int
     ) -> None:
         """Launch; arrays are device addresses with strides in elements from row to row."""
-        layout, tokens = self._layout, self._tokens
-        base = workspace.address(layout.nbytes, stream, tokens)
-        scales = base + layout.scales
-        self._quantize(x, x_stride, base, scales, tokens, layout.padded_tokens, stream)
-        scratch = base + layout.scratch
-        counters = base - COUNTER_BYTES
-        if self._dequantize is None:
-            self._product.launch(base, scales, out, out_stride, scratch, counters, stream)
+        base = workspace.address(self.nbytes, stream, self._tokens)
+        placed = self._now
+        if placed is None or base != self._base:
+            placed = self._place(base)
+        placed.quantize(x, x_stride, stream)
+        finish = placed.finish
+        if finish is None:
+            placed.multiply(out, out_stride, stream)
             return
-        sums = base + layout.sums
-        self._product.launch(base, scales, sums, self._padded_n, scratch, counters, stream)
-        self._dequantize(
+        placed.multiply(placed.sums, self._padded_n, stream)
+        finish(out, out_stride, stream)
+
+    def _place(self, base: int) -> _Placed:
+        """The launches for a workspace at ``base``."""
+        placed = self._placed.get(base)
+        if placed is None:
+            placed = self._made(base)
+            if len(self._placed) >= _PLACES:
+                self._placed.clear()
+            self._placed[base] = placed
+        self._base, self._now = base, placed
+        return placed
+
+    def _made(self, base: int) -> _Placed:
+        layout, tokens = self._layout, self._tokens
+        scales, sums = base + layout.scales, base + layout.sums
+        finish = None
+        if self._dequantize is not None:
+            finish = self._dequantize.fixed(
+                sums,
+                self._padded_n,
+                scales if self._scaled else 0,
+                self._channel_scales,
+                self._bias,
+                tokens,
+            )
+        return _Placed(
+            self._quantize.fixed(base, scales, tokens, layout.padded_tokens, self._x_scale),
+            self._product.fixed(base, scales, base + layout.scratch, base - COUNTER_BYTES),
+            finish,
             sums,
-            self._padded_n,
-            out,
-            out_stride,
-            scales if self._scaled else 0,
-            self._channel_scales,
-            self._bias,
-            tokens,
-            stream,
         )
 
 

@@ -15,14 +15,14 @@ import numpy as np
 
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
-from ..kernels.hopper import HopperGemm, pack_weights
+from ..kernels.hopper import FixedGemm, HopperGemm, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
 from ..kernels.hopper_tiles import HopperConfig, configurations, tiling
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
 from .gpu_device import Buffer, GpuDevice
-from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, Product, round_up, token_bucket
 from .gpu_weight import GpuWeight
 from .timing import fastest
 
@@ -37,7 +37,7 @@ _ROW_MULTIPLE = 128
 _COLD_TOKENS = 512
 
 
-class _Product:
+class _Product(Product):
     """A product cut by one configuration, for one number of tokens and one type of results."""
 
     direct = True
@@ -72,6 +72,17 @@ class _Product:
             scratch,
             counters,
             stream,
+        )
+
+    def fixed(self, tokens: int, token_scales: int, scratch: int, counters: int) -> FixedGemm:
+        return self._gemm.fixed(
+            self._weight,
+            tokens,
+            token_scales if self._scaled else 0,
+            self._channel_scales,
+            self._bias,
+            scratch,
+            counters,
         )
 
 

@@ -40,7 +40,8 @@ class Workspace:
         self._blocks: dict[int, Buffer] = {}
         self._captured: set[int] = set()
         self._retired: list[Buffer] = []
-        self._closed = False
+        #: Whether :meth:`close` was called; hold :attr:`lock` to act on it.
+        self.closed = False
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +51,7 @@ class Workspace:
 
     def check_open(self) -> None:
         """Raise PlanClosed after :meth:`close`; hold :attr:`lock`."""
-        if self._closed:
+        if self.closed:
             raise PlanClosed("this workspace is closed; make a new one")
 
     def address(self, nbytes: int, stream: int, tokens: int) -> int:
@@ -72,7 +73,7 @@ class Workspace:
             if stream not in self._captured and is_capturing(stream):
                 self._captured.add(stream)
             return block.pointer + COUNTER_BYTES
-        if self._closed:
+        if self.closed:
             raise PlanClosed("this workspace is closed; make a new one")
         if is_capturing(stream):
             raise CaptureError(
@@ -96,7 +97,7 @@ class Workspace:
     def close(self) -> None:
         """Give all blocks back.  No launch may be using them, and no graph may run again."""
         with self.lock:
-            self._closed = True
+            self.closed = True
             for block in (*self._blocks.values(), *self._retired):
                 block.close()
             self._blocks.clear()

@@ -7,18 +7,18 @@ packs the arguments and launches, and can be captured in a CUDA graph.
 from __future__ import annotations
 
 import ctypes
-import struct
 
 from ..dtypes import array_type, operand
 from ..errors import OptionError, ShapeError
 from . import catalog
+from .fixed import FixedLaunch, starts_early
 from .geometry import MAX_INT
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES
 from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, MOST_SPLITS, HopperConfig, tiling
-from .launch import Launch, argument_offsets
-from .loader import Cuda, Kernel, KernelCache
+from .launch import Launch
+from .loader import Cuda, KernelCache
 
-__all__ = ["HOPPER_PACK_ARGUMENTS", "HopperGemm", "pack_weights"]
+__all__ = ["HOPPER_PACK_ARGUMENTS", "FixedGemm", "HopperGemm", "pack_weights"]
 
 #: Kernel arguments of hopper_pack as codes of struct.
 HOPPER_PACK_ARGUMENTS = "QqQqi"
@@ -40,10 +40,10 @@ _SWIZZLES = {64: 2, 128: 3}
 _PROMOTE_256B = 3
 _FILL_ZEROS = 0
 
-#: cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the first driver that keeps
-#: it in graphs.
-_EARLY_START = 6
-_EARLY_START_IN_GRAPHS = 12030
+#: Tensor maps of results that a product keeps: PyTorch gives new results a few addresses in turn.
+_OUT_MAPS = 16
+#: Places of arguments in the layout.
+_OUT, _OUT_STRIDE, _STORING = 4, 5, 17
 
 # How results are stored (hopper_gemm.cu).
 _ONE_BY_ONE, _SIDE_BY_SIDE, _IN_BOXES = 0, 1, 2
@@ -119,8 +119,8 @@ class HopperGemm:
         self._n = n
         spec = catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
-        shape = (cut.blocks, config.threads, config.shared_bytes)
-        self._call = _MapLaunch(kernels.cuda, self.kernel, _GEMM_ARGUMENTS, shape)
+        self._shape = (cut.blocks, config.threads, 1, config.shared_bytes)
+        self._early = starts_early(kernels.cuda)
         panels = -(-n // PANEL_ROWS)
         self._sizes = (
             tokens,
@@ -139,8 +139,8 @@ class HopperGemm:
         self._boxes = config.blocks == 2 and self._row_bytes_out % _OUT_MULTIPLE == 0
         self._out_box = (_BOX_CHANNELS, config.chunk(self._out_bytes))
         self._out_kind = _MAP_TYPES[out_type]
-        self._token_map: _TensorMap | None = None
-        self._out_map: _TensorMap | None = None
+        self._out_maps: dict[tuple[int, int], _TensorMap] = {}
+        self._last: tuple[tuple[int, ...], FixedGemm] | None = None
 
     def __call__(
         self,
@@ -173,51 +173,113 @@ class HopperGemm:
         stream:
             CUDA stream.
         """
-        token_map = self._token_map
-        if token_map is None or token_map.key != tokens:
-            token_map = self._token_map = _TensorMap(
-                self._cuda,
-                tokens,
-                _UINT8,
-                tokens,
-                1,
-                (self._row_bytes, self._tokens),
-                self._row_bytes,
-                (STAGE_BYTES, self._box),
-            )
+        operands = (packed, tokens, token_scales, channel_scales, bias, partials, counters)
+        last = self._last
+        if last is None or last[0] != operands:
+            last = self._last = (operands, self.fixed(*operands))
+        last[1](out, out_stride, stream)
+
+    def fixed(
+        self,
+        packed: int,
+        tokens: int,
+        token_scales: int,
+        channel_scales: int,
+        bias: int,
+        partials: int,
+        counters: int,
+    ) -> FixedGemm:
+        """Return the call with all but the result and the stream in place; arguments as of a call.
+
+        Raises LibraryError if the driver refuses the tensor map.
+        """
+        token_map = _TensorMap(
+            self._cuda,
+            _UINT8,
+            tokens,
+            1,
+            (self._row_bytes, self._tokens),
+            self._row_bytes,
+            (STAGE_BYTES, self._box),
+        )
+        launch = FixedLaunch(
+            self._cuda,
+            self.kernel,
+            _GEMM_ARGUMENTS,
+            self._shape,
+            (
+                *(packed, token_scales, channel_scales, bias, 0, 0, partials, counters),
+                *self._sizes,
+                _ONE_BY_ONE,
+            ),
+            maps=2,
+            early=self._early,
+        )
+        return FixedGemm(self, launch, token_map)
+
+    def storing(self, out: int, out_stride: int) -> tuple[int, _TensorMap | None]:
+        """How results at an address are stored, and the tensor map where that takes one."""
         size = self._out_bytes
         width = out_stride * size
-        storing = _ONE_BY_ONE if (out | width) % (4 * size) else _SIDE_BY_SIDE
-        out_map = token_map  # anything, where none is used
         if self._boxes and width >= self._row_bytes_out and not (out | width) % _OUT_MULTIPLE:
-            storing = _IN_BOXES
-            found = self._out_map
-            if found is None or found.key != (out, out_stride):
-                found = self._out_map = _TensorMap(
+            found = self._out_maps.get((out, out_stride))
+            if found is None:
+                found = _TensorMap(
                     self._cuda,
-                    (out, out_stride),
                     self._out_kind,
                     out,
-                    self._out_bytes,
+                    size,
                     (self._n, self._tokens),
                     width,
                     self._out_box,
                 )
-            out_map = found
-        self._call(
-            (token_map, out_map),
-            stream,
-            packed,
-            token_scales,
-            channel_scales,
-            bias,
-            out,
-            out_stride,
-            partials,
-            counters,
-            *self._sizes,
-            storing,
-        )
+                if len(self._out_maps) >= _OUT_MAPS:
+                    self._out_maps.clear()
+                self._out_maps[out, out_stride] = found
+            return _IN_BOXES, found
+        return (_ONE_BY_ONE if (out | width) % (4 * size) else _SIDE_BY_SIDE), None
+
+
+class FixedGemm:
+    """A product of operands that stay where they are; for one thread at a time.
+
+    :meth:`HopperGemm.fixed` makes it; products made from one HopperGemm are for one thread at a
+    time together.
+    """
+
+    __slots__ = ("_gemm", "_launch", "_maps", "_out", "_stride")
+
+    def __init__(self, gemm: HopperGemm, launch: FixedLaunch, token_map: _TensorMap) -> None:
+        self._gemm = gemm
+        self._launch = launch
+        self._maps = (token_map, token_map)  # kept alive for the driver to read
+        launch.set_map(0, token_map.location)
+        self._out = self._stride = -1  # no address
+
+    def __call__(self, out: int, out_stride: int, stream: int) -> None:
+        """Launch into ``out`` with ``out_stride`` elements from row to row."""
+        if out != self._out or out_stride != self._stride:
+            self._aim(out, out_stride)
+        launch = self._launch
+        if stream != launch.stream:
+            launch.set_stream(stream)
+        status = launch.run()
+        if status:
+            raise launch.error(status)
+
+    def _aim(self, out: int, out_stride: int) -> None:
+        storing, out_map = self._gemm.storing(out, out_stride)
+        self._out = -1  # until everything is in place
+        token_map = self._maps[0]
+        if out_map is None:
+            out_map = token_map  # anything, where none is used
+        self._maps = (token_map, out_map)
+        launch = self._launch
+        launch.set_map(1, out_map.location)
+        launch.set_argument(_OUT, out)
+        launch.set_argument(_OUT_STRIDE, out_stride)
+        launch.set_argument(_STORING, storing)
+        self._out, self._stride = out, out_stride
 
 
 def pack_weights(
@@ -253,8 +315,6 @@ class _TensorMap:
     ----------
     cuda:
         The driver.
-    key:
-        What it was made from.
     kind:
         CUtensorMapDataType.
     address, size, extents, stride:
@@ -263,12 +323,11 @@ class _TensorMap:
         (columns, rows) of a box.
     """
 
-    __slots__ = ("_memory", "key", "location")
+    __slots__ = ("_memory", "location")
 
     def __init__(
         self,
         cuda: Cuda,
-        key: object,
         kind: int,
         address: int,
         size: int,
@@ -276,7 +335,6 @@ class _TensorMap:
         stride: int,
         box: tuple[int, int],
     ) -> None:
-        self.key = key
         self._memory = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
         start = ctypes.addressof(self._memory)
         #: Address of the map in host memory.
@@ -296,84 +354,3 @@ class _TensorMap:
             _PROMOTE_256B,
             _FILL_ZEROS,
         )
-
-
-class _LaunchAttribute(ctypes.Structure):
-    """``CUlaunchAttribute``: a kind, and a value in a union of 64 bytes."""
-
-    _fields_ = (
-        ("kind", ctypes.c_int),
-        ("_gap", ctypes.c_char * 4),
-        ("value", ctypes.c_int),
-        ("_rest", ctypes.c_char * 60),
-    )
-
-
-class _LaunchSettings(ctypes.Structure):
-    """``CUlaunchConfig``."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_LaunchAttribute)),
-        ("attribute_count", ctypes.c_uint),
-    )
-
-
-class _MapLaunch:
-    """A launch whose first arguments are two tensor maps; for one thread at a time.
-
-    The kernel may begin before the one launched before it on the stream is over, for which it waits
-    by itself (programmatic dependent launch).  ``shape`` is (blocks, threads, shared bytes).
-    """
-
-    __slots__ = (
-        "_attribute",
-        "_cuda",
-        "_function",
-        "_maps",
-        "_pack",
-        "_pointers",
-        "_run",
-        "_settings",
-        "_settings_at",
-        "_values",
-    )
-
-    def __init__(
-        self, cuda: Cuda, kernel: Kernel, layout: str, shape: tuple[int, int, int]
-    ) -> None:
-        self._cuda = cuda
-        self._function = kernel.function
-        self._values = ctypes.create_string_buffer(struct.calcsize(layout))
-        start = ctypes.addressof(self._values)
-        self._pointers = (ctypes.c_void_p * (2 + len(layout)))(
-            None, None, *(start + offset for offset in argument_offsets(layout))
-        )
-        self._maps: tuple[_TensorMap, _TensorMap] | None = None
-        self._pack = struct.Struct(layout).pack_into
-        version = ctypes.c_int(0)
-        cuda.cuDriverGetVersion(ctypes.byref(version))
-        blocks, threads, shared = shape
-        self._attribute = _LaunchAttribute(kind=_EARLY_START, value=1)
-        self._settings = _LaunchSettings(
-            grid=(blocks, 1, 1),
-            block=(threads, 1, 1),
-            shared=shared,
-            attributes=ctypes.pointer(self._attribute),
-            attribute_count=1 if version.value >= _EARLY_START_IN_GRAPHS else 0,
-        )
-        self._settings_at = ctypes.addressof(self._settings)
-        self._run = cuda.raw("cuLaunchKernelEx")
-
-    def __call__(self, maps: tuple[_TensorMap, _TensorMap], stream: int, *arguments: int) -> None:
-        if maps != self._maps:
-            self._maps = maps  # keeps them alive
-            self._pointers[0], self._pointers[1] = maps[0].location, maps[1].location
-        self._pack(self._values, 0, *arguments)
-        self._settings.stream = stream
-        status = self._run(self._settings_at, self._function, self._pointers, None)
-        if status:
-            raise self._cuda.error("cuLaunchKernelEx", status, ())

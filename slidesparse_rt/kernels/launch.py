@@ -23,6 +23,7 @@ from ..errors import ShapeError
 from ..pattern import Pattern
 from . import catalog
 from .catalog import KernelSpec, format_bytes
+from .fixed import FixedDequantize, FixedLaunch, FixedQuantize, argument_offsets
 from .geometry import MAX_INT, PIECE, QuantizeConfig, dequantize_tiles, quantize_config
 from .loader import Cuda, Kernel, KernelCache, kernels_of
 
@@ -34,7 +35,6 @@ __all__ = [
     "Findings",
     "Quantizer",
     "WeightKernels",
-    "argument_offsets",
     "dequantize_tiles",
     "dequantizer",
     "quantizer",
@@ -162,6 +162,7 @@ class Quantizer:
         self._q_pitch = row_length * size
         self._in_bytes = in_bytes
         self._given = given_scales
+        self._cuda = kernels.cuda
 
     def __call__(
         self,
@@ -231,6 +232,40 @@ class Quantizer:
             config.tile,
         )
 
+    def fixed(
+        self,
+        q: int,
+        scales: int,
+        rows: int,
+        padded_rows: int,
+        given: int = 0,
+        given_step: int = 0,
+    ) -> FixedQuantize:
+        """Return the call with all but x and the stream in place; arguments as of a call.
+
+        ``padded_rows`` is at least 1.
+        """
+        config = self.config
+        blocks = -(-padded_rows // config.rows)
+        after = (
+            *(q, self._q_pitch, scales, given, given_step, rows, padded_rows, self.columns),
+            *(config.stage_bytes, config.tile),
+        )
+        fast, anything = (
+            FixedLaunch(
+                self._cuda,
+                kernel,
+                QUANTIZE_ARGUMENTS,
+                (min(blocks, most), config.threads, 1, config.shared_bytes),
+                (0, 0, *after),
+            )
+            for kernel, most in (
+                (self.kernel, self._most_blocks),
+                (self.fallback, self._most_any),
+            )
+        )
+        return FixedQuantize(fast, anything, self.access, self._in_bytes)
+
 
 # --- dequantize -----------------------------------------------------------------------------------
 
@@ -269,6 +304,7 @@ class Dequantizer:
         self._out_align = min(16, dict(spec.defines)["COLUMNS"] * self._out_bytes)
         self.kernel = kernels.load(spec)
         self.fallback = kernels.load(catalog.dequantize(acc_type, out_type, aligned=False))
+        self._cuda = kernels.cuda
         # (launch, block width, block height, column tiles, rows of a tile) of both.
         self._fast, self._any = (
             (Launch(kernels.cuda, one, DEQUANTIZE_ARGUMENTS), *dequantize_tiles(columns, one.spec))
@@ -324,6 +360,40 @@ class Dequantizer:
             rows,
             self.columns,
             tiles,
+        )
+
+    def fixed(
+        self,
+        acc: int,
+        acc_stride: int,
+        token_scales: int,
+        channel_scales: int,
+        bias: int,
+        rows: int,
+    ) -> FixedDequantize:
+        """Return the call with all but the result and the stream in place; arguments as of a call.
+
+        ``rows`` is at least 1.
+        """
+        acc_odd = (acc | acc_stride * self._acc_bytes) % self._acc_align != 0
+        fast, anything = (
+            FixedLaunch(
+                self._cuda,
+                kernel,
+                DEQUANTIZE_ARGUMENTS,
+                (tiles * -(-rows // tall), width, height, 0),
+                (
+                    *(acc, acc_stride, 0, 0, token_scales, channel_scales, bias),
+                    *(rows, self.columns, tiles),
+                ),
+            )
+            for kernel, (_, width, height, tiles, tall) in (
+                (self.kernel, self._fast),
+                (self.fallback, self._any),
+            )
+        )
+        return FixedDequantize(
+            anything if acc_odd else fast, anything, self._out_align, self._out_bytes
         )
 
 
@@ -537,11 +607,6 @@ def weight_kernels(device: HasIndex, dtype: str, pattern: Pattern) -> WeightKern
 
 
 # --- the call -------------------------------------------------------------------------------------
-
-
-def argument_offsets(layout: str) -> list[int]:
-    """Where each argument of a kernel lies, in bytes, packed as :mod:`struct` does."""
-    return [struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)]
 
 
 class _Frame(threading.local):

@@ -1,0 +1,238 @@
+"""Launches that are repeated: what stays is written once, and a call writes only what changes.
+
+``cuLaunchKernel`` takes eleven arguments, and ctypes converts each of them at every call.
+``cuLaunchKernelEx`` takes four addresses, and they stay the same: grid and stream are in a
+structure in host memory, the kernel's arguments in a buffer beside it.
+
+Source: cuda.h, ``CUlaunchConfig`` and ``cuLaunchKernelEx``; the driver copies all arguments before
+it returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ..errors import LibraryError
+from .loader import Cuda, Kernel
+
+__all__ = [
+    "FixedDequantize",
+    "FixedLaunch",
+    "FixedQuantize",
+    "argument_offsets",
+    "starts_early",
+]
+
+#: cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the first driver that keeps
+#: it in graphs.
+_EARLY_START = 6
+_EARLY_START_IN_GRAPHS = 12030
+#: Bytes of the words that :attr:`FixedLaunch.words` counts.
+_WORD = 8
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``: a kind, and a value in a union of 64 bytes."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int),
+        ("_gap", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("_rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchSettings(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+def argument_offsets(layout: str) -> list[int]:
+    """Where each argument of a kernel lies, in bytes, packed as :mod:`struct` does."""
+    return [struct.calcsize(layout[: i + 1]) - struct.calcsize(c) for i, c in enumerate(layout)]
+
+
+def starts_early(cuda: Cuda) -> bool:
+    """Whether the driver keeps an early start (programmatic dependent launch) in CUDA graphs."""
+    version = ctypes.c_int(0)
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    return version.value >= _EARLY_START_IN_GRAPHS
+
+
+class FixedLaunch:
+    """One kernel on one grid, with its arguments in place; for one thread at a time.
+
+    Parameters
+    ----------
+    cuda:
+        The driver.
+    kernel:
+        The kernel.
+    layout:
+        Its arguments as :mod:`struct` codes.
+    shape:
+        (blocks, block width, block height, bytes of dynamic shared memory).
+    arguments:
+        The values, in the order of ``layout``.
+    maps:
+        How many tensor maps come before them; :meth:`set_map` gives their addresses.
+    early:
+        Whether the kernel may begin before the one launched before it on the stream is over, for
+        which it waits by itself (programmatic dependent launch).
+
+    Attributes
+    ----------
+    words:
+        The arguments as unsigned 64-bit words, which may be written: the cheapest way to change an
+        address, where only arguments of 8 bytes come before it.
+    stream:
+        The stream of the next launch; :meth:`set_stream` changes it.
+    run:
+        Launches, and returns the driver's status.  It is no method, so that a call costs as little
+        as ctypes allows; give what is not zero to :meth:`error`.
+    """
+
+    __slots__ = (
+        "_attribute",
+        "_codes",
+        "_cuda",
+        "_offsets",
+        "_pointers",
+        "_settings",
+        "_values",
+        "run",
+        "stream",
+        "words",
+    )
+
+    def __init__(
+        self,
+        cuda: Cuda,
+        kernel: Kernel,
+        layout: str,
+        shape: tuple[int, int, int, int],
+        arguments: Sequence[int],
+        *,
+        maps: int = 0,
+        early: bool = False,
+    ) -> None:
+        self._cuda = cuda
+        self._codes, self._offsets = layout, argument_offsets(layout)
+        values = bytearray(-(-struct.calcsize(layout) // _WORD) * _WORD)
+        struct.pack_into(layout, values, 0, *arguments)
+        # As long as it is seen from here the bytearray cannot move.
+        self._values = (ctypes.c_char * len(values)).from_buffer(values)
+        start = ctypes.addressof(self._values)
+        self.words = memoryview(values).cast("Q")
+        self._pointers = (ctypes.c_void_p * (maps + len(layout)))(
+            *[None] * maps, *(start + offset for offset in self._offsets)
+        )
+        blocks, width, height, shared = shape
+        self._attribute = _LaunchAttribute(kind=_EARLY_START, value=1)
+        self._settings = _LaunchSettings(
+            grid=(blocks, 1, 1), block=(width, height, 1), shared=shared
+        )
+        if early:
+            self._settings.attributes = ctypes.pointer(self._attribute)
+            self._settings.attribute_count = 1
+        self.stream = 0
+        self.run: Callable[[], int] = partial(
+            cuda.raw("cuLaunchKernelEx"),
+            ctypes.addressof(self._settings),
+            kernel.function,
+            self._pointers,
+            None,
+        )
+
+    def set_argument(self, argument: int, value: int) -> None:
+        """Change an argument of any size, by its place in the layout."""
+        struct.pack_into(self._codes[argument], self._values, self._offsets[argument], value)
+
+    def set_map(self, index: int, address: int) -> None:
+        """Give the host address of a tensor map, which the caller keeps."""
+        self._pointers[index] = address
+
+    def set_stream(self, stream: int) -> None:
+        """Launch on ``stream`` from now on."""
+        self._settings.stream = stream
+        self.stream = stream
+
+    def error(self, status: int) -> LibraryError:
+        """Return the error for what :attr:`run` returned."""
+        return self._cuda.error("cuLaunchKernelEx", status, ())
+
+
+class FixedQuantize:
+    """Quantizes rows to one place; for one thread at a time.
+
+    :meth:`~slidesparse_rt.kernels.launch.Quantizer.fixed` makes it.
+    """
+
+    __slots__ = ("_access", "_any", "_fast", "_pitch", "_size", "_stride")
+
+    def __init__(self, fast: FixedLaunch, anything: FixedLaunch, access: int, size: int) -> None:
+        self._fast, self._any = fast, anything
+        self._access, self._size = access, size
+        self._stride = self._pitch = 0
+
+    def __call__(self, x: int, x_stride: int, stream: int) -> None:
+        """Launch for x at ``x`` with ``x_stride`` elements from row to row."""
+        if x_stride != self._stride:
+            self._set_stride(x_stride)
+        launch = self._any if (x | self._pitch) % self._access else self._fast
+        if stream != launch.stream:
+            launch.set_stream(stream)
+        launch.words[0] = x
+        status = launch.run()
+        if status:
+            raise launch.error(status)
+
+    def _set_stride(self, x_stride: int) -> None:
+        pitch = x_stride * self._size
+        for launch in (self._fast, self._any):
+            launch.set_argument(1, pitch)
+        self._pitch, self._stride = pitch, x_stride
+
+
+class FixedDequantize:
+    """Dequantizes from one place; for one thread at a time.
+
+    :meth:`~slidesparse_rt.kernels.launch.Dequantizer.fixed` makes it.
+    """
+
+    __slots__ = ("_align", "_any", "_fast", "_launch", "_out", "_size", "_stride")
+
+    def __init__(self, fast: FixedLaunch, anything: FixedLaunch, align: int, size: int) -> None:
+        self._fast, self._any = fast, anything
+        self._align, self._size = align, size
+        self._launch = fast
+        self._out = self._stride = -1  # no address
+
+    def __call__(self, out: int, out_stride: int, stream: int) -> None:
+        """Launch into ``out`` with ``out_stride`` elements from row to row."""
+        if out != self._out or out_stride != self._stride:
+            self._aim(out, out_stride)
+        launch = self._launch
+        if stream != launch.stream:
+            launch.set_stream(stream)
+        status = launch.run()
+        if status:
+            raise launch.error(status)
+
+    def _aim(self, out: int, out_stride: int) -> None:
+        odd = (out | out_stride * self._size) % self._align
+        launch = self._launch = self._any if odd else self._fast
+        launch.set_argument(2, out)
+        launch.set_argument(3, out_stride)
+        self._out, self._stride = out, out_stride
