@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .errors import DTypeError as DTypeError
     from .errors import FormatError as FormatError
     from .errors import LibraryError as LibraryError
+    from .errors import MissingPackage as MissingPackage
     from .errors import NonFiniteError as NonFiniteError
     from .errors import OptionError as OptionError
     from .errors import PatternError as PatternError
@@ -61,6 +62,7 @@ _HOMES = {
             "DeviceMemoryError",
             "FormatError",
             "LibraryError",
+            "MissingPackage",
             "NonFiniteError",
             "OptionError",
             "PatternError",
@@ -84,11 +86,16 @@ _HOMES = {
     "Workspace": "workspace",
 }
 
+# Modules that import a framework: not in __all__, so that nothing but their own name loads them.
+_INTEGRATIONS = ("jax", "torch", "transformers")
+
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604  (the table above is the list)
 
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
+    if name in _INTEGRATIONS:
+        return importlib.import_module(f"{__name__}.{name}")
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{home}"), name)

@@ -73,6 +73,17 @@ class BackendUnavailable(SlideSparseError, RuntimeError):
     """A backend that cannot run here; the message lists what was looked for and where."""
 
 
+class MissingPackage(BackendUnavailable, ImportError):
+    """An optional package that an integration needs and that is not installed, or is too old.
+
+    ``name`` is the package.
+    """
+
+    def __init__(self, message: str, *, name: str = "") -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class LibraryError(SlideSparseError, RuntimeError):
     """A call into a CUDA library that did not return success.
 

@@ -21,6 +21,7 @@ BUILT_IN = {
     "FormatError": ValueError,
     "BackendUnavailable": RuntimeError,
     "LibraryError": RuntimeError,
+    "MissingPackage": ImportError,
     "DeviceMemoryError": MemoryError,
     "CompileError": RuntimeError,
     "PlanClosed": RuntimeError,
