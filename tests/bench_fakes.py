@@ -194,6 +194,7 @@ class FakePlan:
     """SparseGemmPlan and its prepared weight, on host memory."""
 
     closed = 0
+    workspace_limit = 8 << 30
     cuda: Cuda
     #: Microseconds of a product, by backend, and what spoils its outputs.
     cost: ClassVar[dict[str, float]] = {
@@ -201,11 +202,17 @@ class FakePlan:
         "cusparselt": 10_000.0,
         "dense": 15_000.0,
     }
+    #: What a plan with backend="auto" went by (None: the rule), and what it runs from 16 tokens on.
+    table = SimpleNamespace(taken="2026-01-01T00:00:00+00:00")
+    choice = "hopper"
     spoil = staticmethod(lambda backend, values: None)
 
-    def __init__(self, weight, pattern, *, dtype, backend, device, options):
+    def __init__(self, weight, pattern, *, dtype, backend, device, options, tuning=None):
         assert device == "cuda:0"
-        assert options.workspace_limit == 8 << 30
+        assert options.workspace_limit == self.workspace_limit
+        assert (tuning is not None) == (backend == "auto")
+        self.tuning = tuning
+        self._selected = SimpleNamespace(table=self.table)
         self.n, self.k = weight.shape
         self.backend = backend
         operands = dict(
@@ -260,6 +267,10 @@ class FakePlan:
     @property
     def price(self):
         return self.cost[self.backend]
+
+    def backend_for(self, tokens):
+        assert self.backend == "auto"
+        return self.choice if tokens >= 16 else "dense"
 
     def layout(self, product, tokens):
         padded = -(-tokens // 16) * 16
@@ -323,7 +334,8 @@ class FakePlan:
             target[...] = y.astype(BF16)
             self.spoil(self.backend, target)
 
-        self.cuda.enqueue(work, self.price + 2_000.0)
+        name = self.backend_for(x.shape[0]) if self.backend == "auto" else self.backend
+        self.cuda.enqueue(work, self.cost[name] + 2_000.0)
 
     def close(self):
         FakePlan.closed += 1

@@ -5,22 +5,19 @@ with the code and with the measured results that they quote.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
 import slidesparse_rt as ss
+from slidesparse_rt.bench.report.page import outdated
 from slidesparse_rt.dtypes import storage_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,27 +151,17 @@ def test_result_files_that_pages_name_exist_and_say_what_they_were_measured_on()
         assert {"command", "commit", "versions"} <= set(result), file
 
 
-def test_the_packing_results_are_quoted_as_measured() -> None:
-    script = ROOT / "benchmarks" / "packing.py"
-    spec = importlib.util.spec_from_file_location("packing_benchmark", script)
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up.
-    with patch.dict(sys.modules, {spec.name: benchmark}):
-        spec.loader.exec_module(benchmark)
+def test_pages_and_plots_show_the_result_files() -> None:
+    assert outdated() == []
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\(plots/([^)]+)\)", page))
+    assert shown == {path.name for path in (ROOT / "docs" / "plots").iterdir()}
+    assert shown
     result = json.loads(
         (ROOT / "benchmarks" / "results" / "packing-cpu.json").read_text(encoding="utf-8")
     )
     page = (ROOT / "docs" / "packing-speed.md").read_text(encoding="utf-8")
-    assert benchmark.quote(page, result) == page
-    assert f"{result['results'][0]['weights_per_second'] / 1e6:.0f}" in page
-
-
-def test_the_performance_page_quotes_the_result_files() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "performance_page.py"), "--check"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
+    assert f"{result['rows'][0]['weights_per_second'] / 1e6:.0f}" in page
 
 
 def test_the_demo_page_quotes_its_result_file() -> None:

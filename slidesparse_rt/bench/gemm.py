@@ -10,13 +10,22 @@ gemm
     cuSPARSELt and the dense int8 product int32 or float32 sums.
 op
     The whole operator, ``SparseGemmPlan.run``: bf16 in, quantize and lift, multiply, scale, bf16
-    out.
+    out.  ``quantize_us`` of its rows is the time of quantizing and lifting alone; what is left of
+    the operator beside that and the product is the second pass, where there is one.
 
 ``ratio`` has, for each sparse backend, dense time over its time in the same operand format.
 ``ratio_best_8bit`` compares with the better of dense int8 and fp8, chosen layer by layer where
 layers were timed, whatever the sparse format; ``bound`` is what 2x sparse tensor cores allow at
-most, N/(N-1).  Layers are also timed one by one ("layer_us") unless told otherwise; there, a layer
-that fits the cache finds its weight in it.
+most, N/(N-1).
+
+``efficiency`` (after SlideSparse, arXiv 2603.05232) is T(2:4) * gamma / T, where gamma = 2 - 2/N is
+the pattern's expansion, K'/K: a product of the same layers in 2:4 takes T(2:4), with gamma times as
+many windows it should take gamma * T(2:4), and it takes T.  1 says that sliding costs what counting
+says and nothing more.  It is ``None`` where the file has no 2:4 product of the same model, M,
+format, stage and mode.
+
+Layers are also timed one by one ("layer_us") unless told otherwise; there, a layer that fits the
+cache finds its weight in it.
 
 Outputs of the very graphs that are timed are compared with exact arithmetic first (see
 :mod:`~slidesparse_rt.bench.checks`); what fails has no numbers.
@@ -36,10 +45,18 @@ from .gemm_case import GemmCase, sparse_sides
 from .gemm_settings import STAGES, GemmSettings, estimate, usable_backends
 from .record import FAILURES, Budget, Record, reason_of
 from .shapes import Layer, model
-from .sides import DENSE, GpuSide, Side, make_weights
+from .sides import DENSE, SPARSE, GpuSide, Side, make_weights
 from .timing import Gpu, Memory
 
-__all__ = ["STAGES", "GemmSettings", "complete_rows", "estimate", "run_gemm", "usable_backends"]
+__all__ = [
+    "STAGES",
+    "GemmSettings",
+    "add_efficiency",
+    "complete_rows",
+    "estimate",
+    "run_gemm",
+    "usable_backends",
+]
 
 #: Formats of which the better dense one is the strongest baseline.
 _EIGHT_BIT = ("int8", "fp8_e4m3")
@@ -82,22 +99,23 @@ def run_gemm(
     first = True
     for name, pattern_name in settings.weights():
         pattern, layers = Pattern.parse(pattern_name), settings.layers_of(model(name))
+        tokens = settings.tokens_of(model(name))
         heads = {dtype: f"{name} {pattern.name} {operand(dtype).name}" for dtype in settings.dtypes}
         if not first and budget.spent:
             for head in heads.values():
-                run.leave_out(head, settings.tokens, "time budget", "no time left")
+                run.leave_out(head, tokens, "time budget", "no time left")
             continue
         with ExitStack() as held:
             try:
                 weights = make_weights(gpu, layers, pattern)
             except FAILURES as error:
                 for head in heads.values():
-                    run.leave_out(head, settings.tokens, *reason_of(error))
+                    run.leave_out(head, tokens, *reason_of(error))
                 continue
             for memory in weights:
                 held.callback(memory.close)
             if first:
-                run.prepare_ahead(layers, weights, pattern)
+                run.prepare_ahead(layers, weights, pattern, tokens)
                 budget.restart()
                 first = False
             for dtype, head in heads.items():
@@ -129,7 +147,11 @@ class _Run:
         self._make_side = make_side
 
     def prepare_ahead(
-        self, layers: Sequence[Layer], weights: Sequence[Memory], pattern: Pattern
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[Memory],
+        pattern: Pattern,
+        tokens: Sequence[int],
     ) -> None:
         """Compile and search, for all formats, what the process and the device then remember.
 
@@ -139,7 +161,7 @@ class _Run:
         begun = time.monotonic()
         for dtype in self._settings.dtypes:
             with ExitStack() as held:
-                self._sides(held, layers, weights, pattern, operand(dtype))
+                self._sides(held, layers, weights, pattern, operand(dtype), tokens)
         self._say(f"compiled and searched: {time.monotonic() - begun:.1f} s")
 
     def group(
@@ -153,19 +175,24 @@ class _Run:
     ) -> None:
         """One model, pattern and operand format, with every number of tokens."""
         settings, record = self._settings, self._record
+        counts = settings.tokens_of(model(name))
         if self._budget.spent:
-            self.leave_out(head, settings.tokens, "time budget", "no time left")
+            self.leave_out(head, counts, "time budget", "no time left")
             return
         with ExitStack() as held:
             self._say(f"{head}: preparing {len(layers)} layers")
-            sides, failed = self._sides(held, layers, weights, pattern, row)
+            sides, failed = self._sides(held, layers, weights, pattern, row, counts)
+            tuned = {side: dict(made.tuned) for side, made in sides.items() if made.tuned}
+            for side, layer_words in tuned.items():
+                for layer, words in layer_words.items():
+                    self._say(f"{head}: {side} chooses for {layer} {words}")
             if DENSE not in sides or not sparse_sides(sides):
                 error = failed.get(DENSE) or next(iter(failed.values()))
-                self.leave_out(head, settings.tokens, *reason_of(error))
+                self.leave_out(head, counts, *reason_of(error))
                 return
-            for index, tokens in enumerate(settings.tokens):
+            for index, tokens in enumerate(counts):
                 if self._budget.spent:
-                    left = settings.tokens[index:]
+                    left = counts[index:]
                     self.leave_out(head, left, "time budget", "no time left")
                     break
                 case = f"{head} M={tokens}"
@@ -180,7 +207,7 @@ class _Run:
                     "pattern": pattern.name,
                     "bound": float(pattern.speed_bound),
                     "weight_bytes": sum(layer.n * layer.k for layer in layers) * row.bits // 8,
-                }
+                } | ({"tuned": tuned} if tuned else {})
                 try:
                     for measured in bench.rows():
                         record.add(common | measured)
@@ -213,6 +240,7 @@ class _Run:
         weights: Sequence[Memory],
         pattern: Pattern,
         row: Operand,
+        tokens: Sequence[int],
     ) -> tuple[dict[str, Side], dict[str, Exception]]:
         """The sides, prepared for all numbers of tokens, and those that cannot be."""
         sides: dict[str, Side] = {}
@@ -221,7 +249,7 @@ class _Run:
             try:
                 side = self._make_side(self._gpu, name, layers, weights, pattern, row)
                 held.callback(side.close)
-                side.prepare(self._settings.tokens)
+                side.prepare(tokens)
             except FAILURES as error:
                 failed[name] = error
             else:
@@ -230,13 +258,14 @@ class _Run:
 
 
 def complete_rows(rows: Sequence[dict[str, Any]]) -> None:
-    """Compare every row with the better dense 8-bit product, as far as both are measured.
+    """Compare rows with the better dense 8-bit product and with 2:4, as far as they are measured.
 
     The best dense time is the better of the int8 and the fp8 sum, lowered by what choosing layer by
     layer would save according to the layers' own times, where both formats have them (sustained
     runs do not).  Rows of one model, pattern, M, stage and mode belong together; until both formats
-    are there, the comparison is ``None``.
+    are there, the comparison is ``None``.  The efficiency is defined at the top of this module.
     """
+    add_efficiency(rows)
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = tuple(row[part] for part in ("model", "pattern", "m", "stage", "mode"))
@@ -260,6 +289,23 @@ def complete_rows(rows: Sequence[dict[str, Any]]) -> None:
             row["ratio_best_8bit"] = (
                 None if best is None else {name: best / us[name] for name in sparse_sides(us)}
             )
+
+
+def add_efficiency(rows: Sequence[dict[str, Any]]) -> None:
+    """Give every row its efficiency by sparse backend, or ``None``."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        parts = [row[part] for part in ("model", "dtype", "m", "stage", "mode")]
+        return (*parts, tuple(row.get("layers", ())))
+
+    native = {key(row): row["us"] for row in rows if row["pattern"] == "2:4"}
+    for row in rows:
+        us, base = row["us"], native.get(key(row), {})
+        gamma = float(Pattern.parse(row["pattern"]).expansion)
+        found = {
+            side: base[side] * gamma / us[side] for side in SPARSE if side in us and side in base
+        }
+        row["efficiency"] = found or None
 
 
 def _line(row: dict[str, Any]) -> str:

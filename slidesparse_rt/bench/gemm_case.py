@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import NDArray
 from ..dtypes import Operand, array_type
+from ..errors import DeviceMemoryError
 from .checks import Exact, check_poison, check_result, check_sums, exact, sample
 from .clocks import Clocks
 from .gemm_settings import GemmSettings
@@ -113,7 +114,7 @@ class GemmCase:
         for name in list(self._sides):
             try:
                 made = self._works(name, stage, inputs, outputs)
-                graph = gpu.capture(_sequence(made))
+                graph = gpu.capture(_together([work.launch for work in made]))
                 worst[name] = self._check(name, graph, made, wanted)
             except FAILURES as error:
                 self._drop(name, error)
@@ -134,7 +135,11 @@ class GemmCase:
             },
         }
         found = burst(gpu, whole, rounds=settings.rounds, clocks=self._clocks)
-        alone = {"layer_us": self._by_layer(works)} if settings.layer_times else {}
+        alone: dict[str, Any] = {}
+        if settings.layer_times:
+            alone["layer_us"] = self._by_layer(works)
+        if stage == "op":
+            alone["quantize_us"] = self._quantize_us(list(works), inputs, outputs)
         yield self._row(found, "burst") | alone | common
         if settings.sustained:
             found = sustained(
@@ -182,6 +187,39 @@ class GemmCase:
             )
             for name, row in times.items():
                 found[name][layer.name] = row.us
+        return found
+
+    def _quantize_us(
+        self, names: Sequence[str], inputs: Sequence[Memory], outputs: Sequence[Memory]
+    ) -> dict[str, float]:
+        """Microseconds of quantizing and lifting the inputs of all layers, by side.
+
+        What it computes was checked with the operator.  One side after the other: each needs memory
+        of its own, and one for which there is none is left out.
+        """
+        gpu = self._gpu
+        found: dict[str, float] = {}
+        for name in names:
+            side = self._sides[name]
+            try:
+                launches = [
+                    side.quantize(index, self._tokens, x.pointer, y.pointer)
+                    for index, (x, y) in enumerate(zip(inputs, outputs, strict=True))
+                ]
+                graphs = {name: gpu.capture(_together(launches))}
+                times = burst(
+                    gpu,
+                    graphs,
+                    rounds=self._settings.rounds,
+                    clocks=self._clocks,
+                    least_warm_us=2000.0,
+                )
+                found[name] = times[name].us
+            except DeviceMemoryError:
+                continue
+            finally:
+                gpu.synchronize()
+                side.release()
         return found
 
     def _row(self, found: dict[str, Times], mode: str) -> dict[str, Any]:
@@ -243,9 +281,11 @@ def _numpy_type(kind: str) -> np.dtype[Any]:
     return np.dtype(np.int32) if kind == "int32" else array_type(kind).dtype
 
 
-def _sequence(works: Sequence[Work]) -> Callable[[], None]:
+def _together(launches: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    """One after the other."""
+
     def launch() -> None:
-        for work in works:
-            work.launch()
+        for one in launches:
+            one()
 
     return launch

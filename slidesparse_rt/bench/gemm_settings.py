@@ -1,16 +1,16 @@
-"""What ``slidesparse bench gemm`` measures, with which backends, and for how long."""
+"""What ``slidesparse bench gemm`` and ``pipeline`` measure, with what, and for how long."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ..arrays import Device
 from ..backends import Problem, choose
 from ..dtypes import operand
 from ..errors import BackendUnavailable, OptionError
 from ..pattern import Pattern
-from .shapes import Layer, Model, model
+from .shapes import Layer, Model, Square, expanded, model
 from .sides import DENSE, SPARSE, WORKSPACE
 
 __all__ = ["STAGES", "GemmSettings", "estimate", "usable_backends"]
@@ -32,7 +32,8 @@ class GemmSettings:
     Attributes
     ----------
     models, tokens, dtypes, patterns:
-        As in the command's options.
+        As in the command's options.  "squares" among the models becomes every square, whose number
+        of tokens is its own.
     backends:
         The sparse sides; dense is always measured beside them.
     stages:
@@ -49,6 +50,9 @@ class GemmSettings:
         Length and number of sustained rounds.
     """
 
+    #: Whether there is something to compare with dense even without a sparse backend.
+    alone: ClassVar[bool] = False
+
     models: tuple[str, ...] = ("qwen2.5-7b",)
     tokens: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384)
     dtypes: tuple[str, ...] = ("int8", "fp8_e4m3", "bf16")
@@ -63,6 +67,7 @@ class GemmSettings:
     sustained_rounds: int = 2
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "models", expanded(self.models))
         for name in self.models:
             self.layers_of(model(name))
         for dtype in self.dtypes:
@@ -77,19 +82,24 @@ class GemmSettings:
             ("backends", self.backends, SPARSE),
             ("stages", self.stages, STAGES),
         ):
-            if not chosen or set(chosen) - set(allowed) or len(set(chosen)) < len(chosen):
+            few = not chosen and not (what == "backends" and self.alone)
+            if few or set(chosen) - set(allowed) or len(set(chosen)) < len(chosen):
                 raise OptionError(
                     f"{what} is {list(chosen)}; allowed are one or more of {', '.join(allowed)}, "
                     f"each once"
                 )
 
-    def layers_of(self, shape: Model) -> tuple[Layer, ...]:
+    def layers_of(self, shape: Model | Square) -> tuple[Layer, ...]:
         """The chosen layers of a model; OptionError for a name that is none."""
         names = [layer.name for layer in shape.layers]
         wrong = [name for name in self.layers if name not in names]
         if wrong:
             raise OptionError(f"layer {wrong[0]!r} is unknown; allowed are {', '.join(names)}")
         return tuple(row for row in shape.layers if not self.layers or row.name in self.layers)
+
+    def tokens_of(self, shape: Model | Square) -> tuple[int, ...]:
+        """The numbers of tokens that a model is measured with; a square's are its size."""
+        return (shape.size,) if isinstance(shape, Square) else self.tokens
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the result file."""
@@ -109,8 +119,18 @@ class GemmSettings:
             "x": "bfloat16, normal",
             "weight": "bfloat16, normal, pruned by magnitude; dense runs the same pruned weight",
             "out": "bfloat16",
-            "workspace_limit": WORKSPACE,
+            "workspace_limit": self.workspace_limit,
         }
+
+    @property
+    def workspace_limit(self) -> int:
+        """Of the plans, in bytes: large enough that none is run in parts up to 32,768 tokens."""
+        return WORKSPACE
+
+    @property
+    def tuning_seconds(self) -> float:
+        """For estimates: seconds that a plan takes to measure backends when it is made."""
+        return 0.0
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -124,7 +144,9 @@ class GemmSettings:
     @property
     def cases(self) -> int:
         """How many (model, pattern, operand format, number of tokens) there are."""
-        return len(self.weights()) * len(self.dtypes) * len(self.tokens)
+        return len(self.dtypes) * sum(
+            len(self.tokens_of(model(name))) for name, _ in self.weights()
+        )
 
 
 def usable_backends(
@@ -151,7 +173,7 @@ def usable_backends(
     pattern = Pattern.parse(settings.patterns[0])
     layer = settings.layers_of(model(settings.models[0]))[0]
     usable, refused = [], {}
-    for name in settings.sides:
+    for name in (*settings.backends, DENSE):
         why = ""
         for dtype in settings.dtypes:
             try:
@@ -168,7 +190,7 @@ def usable_backends(
                 raise BackendUnavailable(why)
             refused[name] = why
     sparse = tuple(name for name in usable if name != DENSE)
-    if not sparse:
+    if not sparse and not settings.alone:
         raise BackendUnavailable("\n".join(refused.values()))
     return sparse, refused
 
@@ -179,8 +201,8 @@ def estimate(settings: GemmSettings) -> float:
     for name, _ in settings.weights():
         layers = settings.layers_of(model(name))
         for dtype in settings.dtypes:
-            total += _GROUP_SECONDS
-            for tokens in settings.tokens:
+            total += _GROUP_SECONDS + settings.tuning_seconds * len(layers)
+            for tokens in settings.tokens_of(model(name)):
                 flops = sum(layer.flops(tokens) for layer in layers)
                 once = flops / _FLOPS * operand(dtype).bits / 8
                 stage = 0.05 + settings.rounds * sides * max(_ROUND_SECONDS, once)

@@ -2,7 +2,7 @@
 
 Layout (JSON), version 2::
 
-    schema, schema_version, what     "slidesparse_rt.benchmark", 1, "gemm" | "quantize" | "overhead"
+    schema, schema_version, what     "slidesparse_rt.benchmark", 2, and a key of ROW_KEYS
     time, command, package           UTC, the command line, slidesparse_rt's version
     commit                           {id, dirty} or null: the state of the checkout that ran
     sources_sha256                   of the package's own files and kernels, whatever git says
@@ -11,6 +11,7 @@ Layout (JSON), version 2::
     settings                         what was asked for
     complete                         false while the benchmark still runs, or if it was killed
     rows                             one for each measurement
+    host                             "packing" alone: processor, cores, load
     left_out                         [{case, reason, why}]: everything asked for and not reported
 
 The file is written again after every case, whole or not at all.
@@ -88,13 +89,16 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
     "rows": (list,),
     "left_out": (list,),
 }
+_PRODUCT = frozenset(
+    {"model", "m", "dtype", "pattern", "stage", "mode", "us", "ratio", "bound", "checked"}
+)
 #: What rows of each benchmark always have.
 ROW_KEYS: Mapping[str, frozenset[str]] = {
-    "gemm": frozenset(
-        {"model", "m", "dtype", "pattern", "stage", "mode", "us", "ratio", "bound", "checked"}
-    ),
+    "gemm": _PRODUCT,
+    "pipeline": _PRODUCT,
     "quantize": frozenset({"kernel", "m", "columns", "bytes", "us", "tb_per_s", "of_copy"}),
     "overhead": frozenset({"call", "dtype", "median_us", "minimum_us"}),
+    "packing": frozenset({"step", "version", "seconds", "median_seconds", "weights_per_second"}),
 }
 
 
@@ -139,7 +143,7 @@ class Record:
     Parameters
     ----------
     what:
-        "gemm", "quantize" or "overhead".
+        A key of :data:`ROW_KEYS`.
     settings:
         What was asked for; plain JSON values.
     command:
@@ -312,8 +316,9 @@ def _versions() -> dict[str, str | None]:
     for name in ("numpy", "cupy", "torch"):
         module = sys.modules.get(name)
         found[name] = None if module is None else str(module.__version__)
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["ml_dtypes"] = importlib.metadata.version("ml_dtypes")
+    for name in ("ml_dtypes", "numba"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     found["cuda_runtime"] = _cuda_runtime()
     return found
 

@@ -1,17 +1,25 @@
-"""Linear layers of well-known models, as (N, K): output channels and inputs.
+"""Linear layers of well-known models, as (N, K): output channels and inputs; and squares.
 
 Source: each model's published config.json (hidden_size, num_attention_heads, num_key_value_heads,
 head_dim, intermediate_size).  Query, key and value are one product, gate and up another, as
 inference servers run them.
+
+``squares`` is no model: it stands for products with M = N = K = 64, 128, ... 16384, each of which
+is measured alone, under the name ``square-64`` and so on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import OptionError
 
-__all__ = ["MODELS", "Layer", "Model", "model"]
+__all__ = ["MODELS", "SQUARES", "Layer", "Model", "Square", "expanded", "model"]
+
+#: What :func:`expanded` replaces by every square.
+SQUARES = "squares"
+_SQUARE_SIZES = tuple(1 << power for power in range(6, 15))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,23 @@ class Model:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Square:
+    """One product with M = N = K = ``size``, measured alone."""
+
+    size: int
+
+    @property
+    def name(self) -> str:
+        """What result files call it."""
+        return f"square-{self.size}"
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The product."""
+        return (Layer("square", self.size, self.size),)
+
+
 MODELS: dict[str, Model] = {
     row.name: row
     for row in (
@@ -57,13 +82,30 @@ MODELS: dict[str, Model] = {
         Model("qwen2.5-14b", 5120, 40, 8, 128, 13824),
         Model("llama-3.2-1b", 2048, 32, 8, 64, 8192),
         Model("llama-3.2-3b", 3072, 24, 8, 128, 8192),
+        # BitNet b1.58 2B4T.
+        Model("bitnet-2b", 2560, 20, 5, 128, 6912),
     )
 }
 
 
-def model(name: str) -> Model:
-    """Return the model that ``name`` names; OptionError for any other."""
-    found = MODELS.get(name.strip().lower())
+_SQUARES = {row.name: row for row in map(Square, _SQUARE_SIZES)}
+
+
+def model(name: str) -> Model | Square:
+    """Return the model or the square that ``name`` names; OptionError for any other."""
+    key = name.strip().lower()
+    found = MODELS.get(key) or _SQUARES.get(key)
     if found is None:
-        raise OptionError(f"model {name!r} is unknown; allowed are {', '.join(map(repr, MODELS))}")
+        raise OptionError(
+            f"model {name!r} is unknown; allowed are {', '.join(map(repr, MODELS))}, {SQUARES!r} "
+            f"(M = N = K), and one of them, such as {next(iter(_SQUARES))!r}"
+        )
     return found
+
+
+def expanded(names: Iterable[str]) -> tuple[str, ...]:
+    """The names with ``squares`` replaced by each of them, each name once."""
+    found: list[str] = []
+    for name in names:
+        found += _SQUARES if name.strip().lower() == SQUARES else [name]
+    return tuple(dict.fromkeys(found))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import datetime
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..backends.workspace import COUNTER_BYTES
@@ -13,6 +14,7 @@ from .shapes import Layer
 from .timing import Gpu, Memory
 
 __all__ = [
+    "AUTO",
     "BF16",
     "DENSE",
     "SPARSE",
@@ -24,13 +26,15 @@ __all__ = [
     "make_weights",
 ]
 
+#: A plan that chooses among the backends by the number of tokens.
+AUTO = "auto"
 #: The backend that every other is compared with, and those that skip zeros, the fastest first.
 DENSE = "dense"
 SPARSE = ("hopper", "cusparselt")
 
 #: Type of activations, weights and results.
 BF16 = "bfloat16"
-#: Workspace of a plan, large enough that no side is done in several launches.
+#: Workspace of a plan, large enough that up to 32,768 tokens no side is done in several launches.
 WORKSPACE = 8 << 30
 
 
@@ -57,11 +61,26 @@ class Work(NamedTuple):
     how: str = ""
 
 
+class _Lead(NamedTuple):
+    """Everything for the product of a layer but the product."""
+
+    prepared: Any
+    product: Any
+    layout: Any
+    buffer: Memory
+    quantize: Callable[[], None]
+
+
 class Side(Protocol):
     """One backend with the plans of all layers in one format and pattern."""
 
     #: Type in which the library returns sums.
     sums_type: str
+
+    @property
+    def tuned(self) -> Mapping[str, str]:
+        """Layer -> how it was chosen what runs; empty where a backend was named."""
+        ...
 
     def prepare(self, tokens: Sequence[int]) -> None:
         """Compile, search and allocate for these numbers of tokens, ahead of what is timed."""
@@ -69,6 +88,10 @@ class Side(Protocol):
 
     def gemm(self, index: int, tokens: int, x: int, y: int) -> Work:
         """The product alone; quantizes x (tokens, K) at once, may write its result to ``y``."""
+        ...
+
+    def quantize(self, index: int, tokens: int, x: int, y: int) -> Callable[[], None]:
+        """What the operator does ahead of its product: quantize and lift x (tokens, K)."""
         ...
 
     def op(self, index: int, tokens: int, x: int, y: int) -> Work:
@@ -85,7 +108,19 @@ class Side(Protocol):
 
 
 class GpuSide:
-    """A side made of :class:`~slidesparse_rt.SparseGemmPlan`."""
+    """A side made of :class:`~slidesparse_rt.SparseGemmPlan`.
+
+    Parameters
+    ----------
+    gpu, backend, layers, weights, pattern, row:
+        Where, the plans' ``backend=``, the layers with their pruned weights, and the format.
+    tuning:
+        ``tuning=`` of the plans where ``backend`` is "auto".
+    since:
+        When the benchmark began (:func:`utc_now`): what is measured later was measured by it.
+    workspace_limit:
+        Of the plans, in bytes.
+    """
 
     def __init__(
         self,
@@ -95,11 +130,17 @@ class GpuSide:
         weights: Sequence[Memory],
         pattern: Pattern,
         row: Operand,
+        *,
+        tuning: str = "cached",
+        since: str = "",
+        workspace_limit: int = WORKSPACE,
     ) -> None:
         from ..plan import SparseGemmPlan
 
         self._gpu = gpu
+        self._auto = backend == AUTO
         self._layers = layers
+        chosen: dict[str, Any] = {"tuning": tuning} if self._auto else {}
         self._buffers: list[Memory] = []
         self._plans: list[Any] = []
         try:
@@ -111,13 +152,19 @@ class GpuSide:
                         dtype=row,
                         backend=backend,
                         device=f"cuda:{gpu.index}",
-                        options=PlanOptions(workspace_limit=WORKSPACE),
+                        options=PlanOptions(workspace_limit=workspace_limit),
+                        **chosen,
                     )
                 )
         except BaseException:
             self.close()
             raise
-        self.sums_type = str(self._plans[0]._prepared.sums_type)
+        self.tuned: dict[str, str] = {
+            layer.name: _how_tuned(plan, since)
+            for layer, plan in zip(layers, self._plans, strict=True)
+            if self._auto
+        }
+        self.sums_type = _sums_type([plan._prepared for plan in self._plans])
 
     def prepare(self, tokens: Sequence[int]) -> None:
         """See :class:`Side`."""
@@ -127,20 +174,11 @@ class GpuSide:
     def gemm(self, index: int, tokens: int, x: int, y: int) -> Work:
         """See :class:`Side`.  Everything lies as in a plan's own workspace."""
         gpu, layer = self._gpu, self._layers[index]
-        # The plan offers no product without its pipeline, and should not.
-        prepared = self._plans[index]._prepared
-        kind = array_type(BF16)
-        able = prepared.can_write(kind, y, layer.n, tokens)
-        product = prepared.product(tokens, kind if able else None, gpu.stream)
-        layout = prepared.layout(product, tokens)
-        buffer = gpu.allocate(COUNTER_BYTES + layout.nbytes)
-        gpu.set_bytes(buffer.pointer, 0, COUNTER_BYTES)
-        self._buffers.append(buffer)
+        lead = self._lead(index, tokens, x, y)
+        lead.quantize()
+        prepared, product, layout, buffer = lead.prepared, lead.product, lead.layout, lead.buffer
         base = buffer.pointer + COUNTER_BYTES
         scales, scratch = base + layout.scales, base + layout.scratch
-        prepared.quantizer(kind, gpu.stream)(
-            x, layer.k, base, scales, tokens, layout.padded_tokens, gpu.stream
-        )
         if product.direct:
             scaled = prepared.weight.operand.scaled
             output = Output(y, BF16, layer.n, layer.n, scaled)
@@ -157,6 +195,32 @@ class GpuSide:
 
         return Work(launch, output, words, product.how)
 
+    def quantize(self, index: int, tokens: int, x: int, y: int) -> Callable[[], None]:
+        """See :class:`Side`."""
+        return self._lead(index, tokens, x, y).quantize
+
+    def _lead(self, index: int, tokens: int, x: int, y: int) -> _Lead:
+        """What leads up to the product of a layer, in memory of its own."""
+        gpu, layer, plan = self._gpu, self._layers[index], self._plans[index]
+        # The plan offers no product without its pipeline, and should not.
+        prepared = plan._prepared
+        if isinstance(prepared, Mapping):
+            prepared = prepared[plan.backend_for(tokens)]
+        kind = array_type(BF16)
+        able = prepared.can_write(kind, y, layer.n, tokens)
+        product = prepared.product(tokens, kind if able else None, gpu.stream)
+        layout = prepared.layout(product, tokens)
+        buffer = gpu.allocate(COUNTER_BYTES + layout.nbytes)
+        self._buffers.append(buffer)
+        gpu.set_bytes(buffer.pointer, 0, COUNTER_BYTES)
+        base = buffer.pointer + COUNTER_BYTES
+        run = prepared.quantizer(kind, gpu.stream)
+
+        def quantize() -> None:
+            run(x, layer.k, base, base + layout.scales, tokens, layout.padded_tokens, gpu.stream)
+
+        return _Lead(prepared, product, layout, buffer, quantize)
+
     def op(self, index: int, tokens: int, x: int, y: int) -> Work:
         """See :class:`Side`."""
         gpu, layer, plan = self._gpu, self._layers[index], self._plans[index]
@@ -167,7 +231,8 @@ class GpuSide:
         def launch() -> None:
             plan.run(x_array, out=y_array, stream=gpu.stream)
 
-        return Work(launch, Output(y, BF16, layer.n, layer.n, True), "SparseGemmPlan.run")
+        how = plan.backend_for(tokens) if self._auto else ""
+        return Work(launch, Output(y, BF16, layer.n, layer.n, True), "SparseGemmPlan.run", how)
 
     def release(self) -> None:
         """See :class:`Side`."""
@@ -181,6 +246,30 @@ class GpuSide:
         for plan in self._plans:
             plan.close()
         self._plans.clear()
+
+
+def utc_now() -> str:
+    """The time as tables of measured times have it: UTC in ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _how_tuned(plan: Any, since: str) -> str:
+    """What a plan with backend="auto" went by: times of its own or kept ones, or the rule."""
+    table = plan._selected.table
+    if table is None:
+        return "by the rule: nothing is measured"
+    # The same format, so text sorts like time.
+    when = "in this run" if table.taken >= since else f"before it, {table.taken or 'undated'}"
+    return f"by times measured {when}"
+
+
+def _sums_type(weights: Sequence[Any]) -> str:
+    """The type of sums of prepared weights; of several, the one that rounds the most."""
+    forms: list[Any] = []
+    for prepared in weights:
+        forms += prepared.values() if isinstance(prepared, Mapping) else [prepared]
+    exact = ("int32", "float32")
+    return min((str(form.sums_type) for form in forms), key=lambda name: (name in exact, name))
 
 
 def make_weights(gpu: Gpu, layers: Sequence[Layer], pattern: Pattern) -> list[Memory]:

@@ -33,9 +33,13 @@ def render(document: Mapping[str, Any], screen: Console, *, profile: bool = Fals
     if commit is not None:
         words.append(f"commit {commit['id'][:12]}{' with changes' if commit['dirty'] else ''}")
     screen.print(", ".join(words), soft_wrap=True)
-    {"gemm": _gemm_table, "quantize": _quantize_table, "overhead": _overhead_table}[
-        document["what"]
-    ](document["rows"], screen)
+    {
+        "gemm": _gemm_table,
+        "pipeline": _pipeline_table,
+        "quantize": _quantize_table,
+        "overhead": _overhead_table,
+        "packing": _packing_table,
+    }[document["what"]](document["rows"], screen)
     if profile:
         _profiles(document["rows"], screen)
     _left_out(document["left_out"], screen)
@@ -84,6 +88,62 @@ def _gemm_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
     for stage in ("gemm", "op"):
         titles += [f"{stage}\nsparse us", "dense us", "ratio", "to best\n8-bit"]
     show_table(screen, titles, lines, left=4)
+
+
+def _pipeline_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
+    """One line for each case, every side beside dense, and where "auto" is slowest."""
+    from ..bench.pipeline import FLOOR, lowest
+    from .console import show_table
+
+    sides = list(dict.fromkeys(side for row in rows for side in row["us"]))
+    lines = []
+    for row in rows:
+        runs = dict.fromkeys(row.get("layer_how", {}).get("auto", {}).values())
+        ratio = row["ratio"].get("auto")
+        line = [row["model"], row["pattern"], row["dtype"], row["mode"], str(row["m"])]
+        line += [f"{row['us'][side]:.1f}" if side in row["us"] else "-" for side in sides]
+        lines.append([*line, "-" if ratio is None else f"{ratio:.3f}", "+".join(runs) or "-"])
+    titles = ["model", "pattern", "dtype", "mode", "M", *(f"{side}\nus" for side in sides)]
+    show_table(screen, [*titles, "auto over\ndense", "auto runs"], lines, left=4)
+    low = lowest(rows)
+    if low is not None:
+        ratio = low["ratio"]["auto"]
+        screen.print(
+            f"auto is at least {ratio:.3f} x as fast as dense ({low['model']} {low['pattern']} "
+            f"{low['dtype']} M={low['m']} {low['mode']}); promised is {FLOOR}: "
+            f"{'kept' if ratio >= FLOOR else 'BROKEN'}",
+            soft_wrap=True,
+        )
+
+
+def _packing_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
+    """One line for each step and version, and what is wanted."""
+    from ..bench.packing import targets
+    from .console import show_table
+
+    lines = []
+    for row in rows:
+        peak = row["peak_memory_over_input"]
+        lines.append(
+            [
+                row["step"],
+                row["version"],
+                f"{1e3 * row['median_seconds']:.1f}",
+                f"{row['weights_per_second'] / 1e6:.0f}",
+                f"{row['time_over_ours']:.1f}",
+                "-" if peak is None else f"{peak:.2f}",
+            ]
+        )
+    titles = ["step", "version", "ms", "M weights/s", "time\nover ours", "memory\nover input"]
+    show_table(screen, titles, lines, left=2)
+    for goal in targets(rows):
+        bound = (
+            f"at least {goal['at_least']:.3g}"
+            if "at_least" in goal
+            else (f"at most {goal['at_most']}")
+        )
+        verdict = "met" if goal["met"] else "MISSED"
+        screen.print(f"{verdict}: {goal['what']}: {goal['measured']:.3g}, wanted {bound}")
 
 
 def _quantize_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:

@@ -1,0 +1,240 @@
+"""What plots show, as plain data: no drawing, and no matplotlib."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..pipeline import FLOOR
+from ..sides import AUTO, DENSE
+from .markdown import DTYPES, patterns_of
+from .results import Key, Measured, Result, merged, products, stages
+
+__all__ = [
+    "Bar",
+    "BreakdownChart",
+    "Chart",
+    "Line",
+    "RateChart",
+    "RateRow",
+    "SpeedChart",
+    "SpeedPanel",
+    "breakdown_charts",
+    "charts_of",
+    "digest",
+    "rate_chart",
+    "speed_charts",
+]
+
+#: Fewest numbers of tokens that make a line.
+_FEWEST = 3
+#: Rows of a chart of rates; where there are more, only those of x in bfloat16 are shown.
+_MOST_RATES = 30
+_STAGES = {"gemm": "product alone", "op": "operator, bf16 in and out"}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Speed over dense of one pattern: (M, ratio) in bursts and sustained, and the bound."""
+
+    pattern: str
+    bound: float
+    burst: tuple[tuple[int, float], ...]
+    sustained: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedPanel:
+    """One operand format of one stage."""
+
+    title: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedChart:
+    """Speed over dense against M, rows of panels; ``floor`` is what is promised, or ``None``."""
+
+    name: str
+    title: str
+    rows: tuple[tuple[SpeedPanel, ...], ...]
+    floor: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One operator: its name, the number of tokens, and the stages' microseconds in order."""
+
+    side: str
+    m: int
+    stages: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BreakdownChart:
+    """Stages of operators: (title, bars) for each operand format."""
+
+    name: str
+    title: str
+    panels: tuple[tuple[str, tuple[Bar, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RateRow:
+    """One kernel: its words, its TB/s, and those of a copy measured in turns with it."""
+
+    label: str
+    tb_per_s: float
+    copy_tb_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RateChart:
+    """The kernels beside the product under their roof, the copy rate."""
+
+    name: str
+    title: str
+    rows: tuple[RateRow, ...]
+
+
+Chart = SpeedChart | BreakdownChart | RateChart
+
+
+def digest(chart: Chart) -> str:
+    """SHA-256 of everything that a chart shows."""
+    text = json.dumps([type(chart).__name__, asdict(chart)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def charts_of(results: Sequence[Result]) -> list[Chart]:
+    """Every chart that results of one machine allow."""
+    found: list[Chart] = [*speed_charts(results), *breakdown_charts(results)]
+    rates = rate_chart(results)
+    return found if rates is None else [*found, rates]
+
+
+def _slug(*parts: str) -> str:
+    """A file name's stem."""
+    return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-")
+
+
+# --- speed against M ------------------------------------------------------------------------------
+
+
+def speed_charts(results: Sequence[Result]) -> list[SpeedChart]:
+    """One for each model and sparse side of "gemm" results, and for "auto" of "pipeline" ones."""
+    found = []
+    for side, rows in products(results, "gemm").items():
+        for model in dict.fromkeys(key.model for key in rows):
+            found += _speed(results, side, model, rows, "speed")
+    rows = products(results, "pipeline").get(AUTO, {})
+    for model in dict.fromkeys(key.model for key in rows):
+        found += _speed(results, AUTO, model, rows, "pipeline", floor=FLOOR)
+    return found
+
+
+def _speed(
+    results: Sequence[Result],
+    side: str,
+    model: str,
+    rows: Measured,
+    what: str,
+    floor: float | None = None,
+) -> list[SpeedChart]:
+    own = {key: case for key, case in rows.items() if key.model == model}
+    grid = []
+    for stage, words in _STAGES.items():
+        panels = []
+        for dtype in DTYPES:
+            lines = [_line(own, side, pattern, dtype, stage) for pattern in patterns_of(own)]
+            drawn = tuple(line for line in lines if len(line.burst) >= _FEWEST)
+            if drawn:
+                panels.append(SpeedPanel(f"{dtype}, {words}", drawn))
+        if panels:
+            grid.append(tuple(panels))
+    if not grid:
+        return []
+    machine = results[0].machine
+    title = f"{side} against dense: {model} on one {machine}"
+    return [SpeedChart(_slug(what, model, side, machine), title, tuple(grid), floor)]
+
+
+def _line(rows: Measured, side: str, pattern: str, dtype: str, stage: str) -> Line:
+    points: dict[str, list[tuple[int, float]]] = {"burst": [], "sustained": []}
+    bound = 0.0
+    for mode, found in points.items():
+        own = {k: case for k, case in rows.items() if (k.pattern, k.mode) == (pattern, mode)}
+        times = {str(case.result.document["time"]): case.result.commit for case in own.values()}
+        for key, case in sorted(own.items(), key=lambda item: item[0].m):
+            # Points of older commits would look like an effect of M; tables have them, with a star.
+            newest = case.result.commit == times[max(times)]
+            if (key.dtype, key.stage) == (dtype, stage) and newest:
+                found.append((key.m, float(case.row["ratio"][side])))
+                bound = float(case.row["bound"])
+    return Line(pattern, bound, tuple(points["burst"]), tuple(points["sustained"]))
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def breakdown_charts(results: Sequence[Result], pattern: str = "6:8") -> list[BreakdownChart]:
+    """The stages of operators in bursts, for each model and sparse side, at one pattern."""
+    found = []
+    for side, rows in products(results, "gemm").items():
+        for model in dict.fromkeys(key.model for key in rows):
+            panels = []
+            for dtype in DTYPES:
+                bars = _bars(rows, side, model, dtype, pattern)
+                if len(bars) >= 2 * _FEWEST:
+                    panels.append((dtype, tuple(bars)))
+            if panels:
+                machine = results[0].machine
+                name = _slug("stages", model, side, machine)
+                title = f"Where an operator's time goes: {model}, {pattern}, on one {machine}"
+                found.append(BreakdownChart(name, title, tuple(panels)))
+    return found
+
+
+def _bars(rows: Measured, side: str, model: str, dtype: str, pattern: str) -> list[Bar]:
+    found = []
+    for key, case in sorted(rows.items(), key=lambda item: item[0].m):
+        whole = rows.get(key._replace(stage="op"))
+        wanted = Key(model, pattern, dtype, key.m, "gemm", "burst")
+        if key != wanted or whole is None or whole.result.name != case.result.name:
+            continue
+        found += [Bar(one, key.m, stages(case, whole, one)) for one in (side, DENSE)]
+    return found
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def rate_chart(results: Sequence[Result]) -> RateChart | None:
+    """The largest launch of every kernel of "quantize" results; ``None`` without any."""
+    largest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in merged(results, "quantize"):
+        key = (row["kernel"], row["x"], row["out"], str(row["pattern"]), str(row["columns"]))
+        if key not in largest or largest[key]["m"] < row["m"]:
+            largest[key] = row
+    if not largest:
+        return None
+    if len(largest) > _MOST_RATES:
+        largest = {key: row for key, row in largest.items() if key[1] == "bfloat16"}
+    rows = []
+    for row in largest.values():
+        letter = "N" if row["kernel"] == "dequantize" else "K"
+        pattern = f", {row['pattern']}" if row["pattern"] else ""
+        kernel = {"quantize_lift": "quantize + lift"}.get(str(row["kernel"]), row["kernel"])
+        rows.append(
+            RateRow(
+                f"{kernel}, {row['x']} to {row['out']}{pattern}, {letter} = {row['columns']}",
+                float(row["tb_per_s"]),
+                float(row["copy_tb_per_s"]),
+            )
+        )
+    title = f"Rates of the kernels beside the product, on one {results[0].machine}"
+    return RateChart(_slug("rates", results[0].machine), title, tuple(rows))

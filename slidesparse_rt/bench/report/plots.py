@@ -1,0 +1,323 @@
+"""Drawing charts with matplotlib, the same bytes for the same data and version of matplotlib.
+
+No pyplot: figures belong to nobody but the caller, and a user's style sheets play no part.  An SVG
+says in its metadata which data it shows (:func:`~slidesparse_rt.bench.report.charts.digest`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ...errors import MissingPackage, OptionError
+from .charts import BreakdownChart, Chart, RateChart, SpeedChart, SpeedPanel, digest
+from .results import BOTH
+
+__all__ = ["FORMATS", "draw", "save"]
+
+FORMATS = ("svg", "png")
+#: Okabe and Ito's colours, which people with colour-blind eyes tell apart, the darker ones first.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "#666666"
+_DASHES = (0, (5, 4))
+_STAGE_COLOURS = {
+    "product": "#0072B2",
+    "quantize and lift": "#E69F00",
+    "second pass": "#D55E00",
+    BOTH: "#CC79A7",
+}
+_STYLE: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "font.size": 9,
+    "font.family": "DejaVu Sans",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    # Names inside the file are made from this instead of from chance.
+    "svg.hashsalt": "slidesparse_rt",
+}
+
+
+def draw(chart: Chart, kind: str = "svg") -> bytes:
+    """A chart as an image.
+
+    Parameters
+    ----------
+    chart:
+        What to show.
+    kind:
+        One of :data:`FORMATS`.
+
+    Raises
+    ------
+    MissingPackage
+        Without matplotlib.
+    OptionError
+        For another ``kind``.
+    """
+    if kind not in FORMATS:
+        raise OptionError(f"format {kind!r} is unknown; allowed are {', '.join(FORMATS)}")
+    try:
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingPackage(
+            "plots are drawn with matplotlib, which is not installed; type: pip install "
+            "'slidesparse-rt[report]', or leave the plots out with --no-plots"
+        ) from None
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        figure = Figure(layout="constrained")
+        FigureCanvasAgg(figure)
+        if isinstance(chart, SpeedChart):
+            _speed(figure, chart)
+        elif isinstance(chart, BreakdownChart):
+            _breakdown(figure, chart)
+        else:
+            _rates(figure, chart)
+        figure.suptitle(chart.title, fontsize=12, fontweight="bold")
+        written = io.BytesIO()
+        if kind == "svg":
+            said: dict[str, Any] = {"Date": None, "Creator": None, "Identifier": digest(chart)}
+            figure.savefig(written, format="svg", metadata=said)
+        else:
+            figure.savefig(written, format="png", dpi=150, metadata={"Software": None})
+    return written.getvalue()
+
+
+def save(charts: Iterable[Chart], folder: Path, formats: Iterable[str] = ("svg",)) -> list[Path]:
+    """Draw charts into a folder, which is made if it is missing; the files.
+
+    Raises as :func:`draw`, and OSError.
+    """
+    made = {
+        folder / f"{chart.name}.{kind}": draw(chart, kind) for chart in charts for kind in formats
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in made.items():
+        path.write_bytes(content)
+    return list(made)
+
+
+# --- speed against M ------------------------------------------------------------------------------
+
+
+def _speed(figure: Any, chart: SpeedChart) -> None:
+    from matplotlib.lines import Line2D
+
+    columns = max(len(row) for row in chart.rows)
+    figure.set_size_inches(1.2 + 3.3 * columns, 1.5 + 2.9 * len(chart.rows))
+    grid = figure.subplots(len(chart.rows), columns, squeeze=False, sharey=True)
+    looks = _looks(chart)
+    handles: dict[str, Any] = {}
+    values = [
+        value
+        for row in chart.rows
+        for panel in row
+        for line in panel.lines
+        for _, value in (*line.burst, *line.sustained)
+    ]
+    bounds = [line.bound for row in chart.rows for panel in row for line in panel.lines]
+    top = 1.06 * max(*values, *(bound for bound in bounds if bound < 1.3 * max(values)), 1.0)
+    for axes_row, row in zip(grid, chart.rows, strict=True):
+        for axes in axes_row[len(row) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(axes_row, row, strict=False):
+            _speed_panel(axes, panel, looks, handles)
+            axes.axhline(1.0, color=_GREY, linewidth=1.2)
+            if chart.floor is not None:
+                handles[f"promised: {chart.floor:g}"] = axes.axhline(
+                    chart.floor, color=_GREY, linewidth=1, linestyle=(0, (1, 1.5))
+                )
+            axes.set_ylim(min(0.75, 0.95 * min(values)), top)
+        axes_row[0].set_ylabel("speed, dense = 1")
+    handles["that bound"] = Line2D([], [], color=_GREY, linewidth=1, linestyle=_DASHES)
+    if any(line.sustained for row in chart.rows for panel in row for line in panel.lines):
+        handles["sustained"] = Line2D(
+            [], [], color=_GREY, marker="o", markersize=8, fillstyle="none", linestyle="none"
+        )
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=min(len(handles), 2 * columns),
+    )
+
+
+def _looks(chart: SpeedChart) -> dict[str, tuple[Any, str]]:
+    """Colour and marker of each pattern; many patterns go from dark to light."""
+    import matplotlib as mpl
+
+    names = list(
+        dict.fromkeys(line.pattern for row in chart.rows for panel in row for line in panel.lines)
+    )
+    if len(names) <= len(_COLOURS):
+        return dict(zip(names, zip(_COLOURS, _MARKERS, strict=True), strict=False))
+    scale = mpl.colormaps["viridis"]
+    return {
+        name: (scale(0.95 * index / (len(names) - 1)), _MARKERS[index % len(_MARKERS)])
+        for index, name in enumerate(names)
+    }
+
+
+def _speed_panel(
+    axes: Any,
+    panel: SpeedPanel,
+    looks: dict[str, tuple[Any, str]],
+    handles: dict[str, Any],
+) -> None:
+    for line in panel.lines:
+        colour, marker = looks[line.pattern]
+        axes.axhline(line.bound, color=colour, linewidth=1, linestyle=_DASHES, alpha=0.8)
+        (handle,) = axes.plot(
+            *zip(*line.burst, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=4.5,
+            linewidth=1.6,
+        )
+        handles[f"{line.pattern}, at most {line.bound:.2f}"] = handle
+        if line.sustained:
+            axes.plot(
+                *zip(*line.sustained, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=8,
+                fillstyle="none",
+                linestyle="none",
+            )
+    axes.set_title(panel.title, loc="left")
+    _token_axis(axes, [m for line in panel.lines for m, _ in (*line.burst, *line.sustained)])
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _token_axis(axes: Any, tokens: list[int]) -> None:
+    """M in powers of two; every second or fourth is labelled where there are many."""
+    low, high = min(tokens), max(tokens)
+    axes.set_xscale("log", base=2)
+    powers = [1 << power for power in range(0, 31) if low <= 1 << power <= high] or [low]
+    step = 1 if len(powers) <= 6 else 2 if len(powers) <= 12 else 4
+    ticks = powers[::-1][::step][::-1]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("M (tokens)")
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def _breakdown(figure: Any, chart: BreakdownChart) -> None:
+    columns = len(chart.panels)
+    figure.set_size_inches(1.2 + 3.6 * columns, 4.2)
+    grid = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
+    handles: dict[str, Any] = {}
+    for axes, (dtype, bars) in zip(grid, chart.panels, strict=True):
+        sizes = sorted({bar.m for bar in bars})
+        dense = {bar.m: sum(us for _, us in bar.stages) for bar in bars if bar.side == "dense"}
+        for bar in bars:
+            at = sizes.index(bar.m) + (0.2 if bar.side == "dense" else -0.2)
+            bottom = 0.0
+            for stage, us in bar.stages:
+                height = 100 * us / dense[bar.m]
+                handle = axes.bar(
+                    at,
+                    height,
+                    0.36,
+                    bottom,
+                    color=_STAGE_COLOURS[stage],
+                    # What a bar is about is told by its place and, in grey, by its hatch.
+                    hatch="///" if bar.side == "dense" else None,
+                    edgecolor="white",
+                    linewidth=0.5,
+                )
+                handles.setdefault(f"{stage}", _patch(_STAGE_COLOURS[stage], None))
+                del handle
+                bottom += height
+        side = next(bar.side for bar in bars if bar.side != "dense")
+        axes.set_title(f"{dtype}: left {side}, right dense (hatched)", loc="left")
+        axes.set_xticks(range(len(sizes)), [str(m) for m in sizes])
+        axes.tick_params(axis="x", length=0, labelsize=8)
+        axes.set_xlabel("M (tokens)")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    grid[0].set_ylabel("time, % of the dense operator's")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+
+
+def _patch(colour: str, hatch: str | None) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=colour, hatch=hatch, edgecolor="white")
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def _rates(figure: Any, chart: RateChart) -> None:
+    count = len(chart.rows)
+    figure.set_size_inches(8.6, 1.3 + 0.24 * count)
+    axes = figure.subplots()
+    places = [count - 1 - index for index in range(count)]
+    best = max(row.copy_tb_per_s for row in chart.rows)
+    axes.axvline(best, color=_GREY, linewidth=1.2)
+    axes.annotate(
+        f"fastest copy of the run: {best:.2f} TB/s",
+        (best, 1.0),
+        (-4, 3),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=_GREY,
+        fontsize=8,
+    )
+    axes.hlines(places, 0, [row.tb_per_s for row in chart.rows], color=_COLOURS[0], linewidth=2)
+    (kernel,) = axes.plot(
+        [row.tb_per_s for row in chart.rows],
+        places,
+        color=_COLOURS[0],
+        marker="o",
+        markersize=5,
+        linestyle="none",
+    )
+    (copy,) = axes.plot(
+        [row.copy_tb_per_s for row in chart.rows],
+        places,
+        color=_COLOURS[1],
+        marker="|",
+        markersize=11,
+        markeredgewidth=2,
+        linestyle="none",
+    )
+    for row, place in zip(chart.rows, places, strict=True):
+        share = 100 * row.tb_per_s / row.copy_tb_per_s
+        axes.annotate(
+            f"{share:.0f} %",
+            (best, place),
+            (9, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(places, [row.label for row in chart.rows], fontsize=8)
+    axes.set_ylim(-0.7, count - 0.3)
+    axes.set_xlim(0, 1.12 * best)
+    axes.set_xlabel("bytes read and written, TB/s")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    figure.legend(
+        [kernel, copy],
+        ["the kernel", "a device-to-device copy of as many bytes, in turns with it"],
+        loc="outside lower center",
+        ncols=2,
+    )
