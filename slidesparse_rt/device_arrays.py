@@ -21,6 +21,8 @@ from .dtypes import ARRAY_TYPES, ArrayType, array_type
 from .errors import ArrayError, DeviceError, DTypeError, OptionError, ShapeError
 
 __all__ = [
+    "PER_THREAD_STREAM",
+    "Adapter",
     "DeviceArray",
     "adapter_of",
     "byte_range",
@@ -42,7 +44,7 @@ __all__ = [
 
 
 #: cudaStreamPerThread
-_PER_THREAD = 2
+PER_THREAD_STREAM = 2
 
 
 class DeviceArray(NamedTuple):
@@ -200,7 +202,7 @@ def refuse_per_thread_stream(stream: int) -> None:
     Its address is 2 in every thread, yet it is another stream in each, so that workspace could not
     be kept apart by address.
     """
-    if stream == _PER_THREAD:
+    if stream == PER_THREAD_STREAM:
         raise OptionError(
             "the stream is CUDA's per-thread default stream (address 2); make a stream of your own "
             "current, or pass one as stream="
@@ -321,12 +323,22 @@ def _torch_adapter() -> Adapter:
     def share(tensor: Any, stream: int, device: Device) -> None:
         tensor.record_stream(torch.cuda.ExternalStream(stream, device=devices(device.index)))
 
+    strided = torch.strided
+
     def signature(tensor: Any) -> Hashable:
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not strided:
             raise ArrayError(
                 f"a torch tensor of layout {tensor.layout} is no plain dense one; call .to_dense()"
             )
-        return tensor.dtype, tensor.shape, tensor.stride(), tensor.device, tensor.is_neg()
+        # Numbers where there are some: a torch.device takes longer to compare.
+        return (
+            tensor.dtype,
+            tensor.shape,
+            tensor.stride(),
+            tensor.is_cuda,
+            tensor.get_device(),
+            tensor.is_neg(),
+        )
 
     return Adapter(
         view,

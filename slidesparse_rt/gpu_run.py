@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any
 
-from .arrays import Device, device_of, refuse_autograd
+from .arrays import Device, device_of, library_of_type, refuse_autograd
 from .backends import Problem
 from .backends.gpu_device import gpu_device, is_capturing, working_on
 from .backends.gpu_gemm import GpuPrepared, Step
 from .backends.workspace import Workspace
+from .bound import BoundRun
 from .device_arrays import (
+    PER_THREAD_STREAM,
     Adapter,
     DeviceArray,
     adapter_of,
@@ -34,10 +37,12 @@ from .errors import (
     CaptureError,
     DeviceError,
     DeviceMemoryError,
+    LibraryError,
     OptionError,
     PlanClosed,
     ShapeError,
 )
+from .gpu_bound import NO_CONTEXT, BoundArray, BoundOnGpu
 from .kernels.loader import kernels_of, relaxed_capture
 from .options import PlanOptions
 from .tuning import Dispatch
@@ -49,6 +54,8 @@ __all__ = ["GpuRunner"]
 _ROUTES = 128
 #: Steps that a route remembers; a thread has one or two.
 _STEPS = 8
+#: The bits of an address by which a library may decide whether it can write there.
+_ALIGNMENT_BITS = 255
 
 
 class _Form:
@@ -61,11 +68,12 @@ class _Form:
         self.most = prepared.most_tokens(limit)
 
 
-class _Route(NamedTuple):
-    """What follows from the kind of an x, whatever its address.
+@dataclass(slots=True)
+class _Route:
+    """What follows from the kinds of an x and an out, whatever their addresses.
 
-    ``first`` and ``last`` are the offsets of the first byte that it touches and of the one after
-    the last, seen from its address.
+    ``first`` and ``last`` are the offsets of the first byte that x touches and of the one after the
+    last, seen from its address; ``out_first`` and ``out_last`` are those of out.
     """
 
     rows: int
@@ -75,17 +83,17 @@ class _Route(NamedTuple):
     last: int
     out_shape: tuple[int, ...]
     out_kind: ArrayType
-    #: What each thread launches: (thread, whether the library writes the result) -> step.
-    steps: dict[tuple[int, bool], Step]
     form: _Form
-
-
-class _OutRoute(NamedTuple):
-    """What follows from the kind of an out."""
-
-    stride: int
-    first: int
-    last: int
+    #: Of the result: a new one, or the caller's, whose address :attr:`out_pointer` reads.
+    out_stride: int
+    out_first: int = 0
+    out_last: int = 0
+    out_pointer: Callable[[Any], int] | None = None
+    #: Lowest bits of the result's address -> whether the library writes it.
+    direct: dict[int, bool] = field(default_factory=dict)
+    #: What each thread launches: thread (its complement where the library does not write the
+    #: result) -> step.
+    steps: dict[int, Step] = field(default_factory=dict)
 
 
 class GpuRunner:
@@ -121,11 +129,12 @@ class GpuRunner:
             else {name: _Form(prepared[name], limit) for name in dispatch.backends}
         )
         self._problem = problem
-        self._device = device
+        #: Where it runs.
+        self.device = device
         self._index = device.index
         # Threads may fill these at once: both would write the same.
         self._routes: dict[Hashable, _Route] = {}
-        self._out_routes: dict[Hashable, _OutRoute] = {}
+        self._adapters: dict[type, Adapter] = {}
         self._parked: deque[tuple[Any, object]] = deque()
         self._captured: list[object] = []
         shared = options.workspace
@@ -141,62 +150,115 @@ class GpuRunner:
         )
 
     def run(self, x: Any, out_type: ArrayType | None, out: Any, stream: Any) -> Any:
-        """See :meth:`slidesparse_rt.SparseGemmPlan.run`."""
+        """See :meth:`slidesparse_rt.SparseGemmPlan.run`.
+
+        Arrays of a library with signatures are read alike from the second time on: one look-up
+        finds everything but their addresses.
+        """
         if getattr(x, "requires_grad", False):
             refuse_autograd(x)
-        adapter = adapter_of(x)
-        signature = adapter.signature
+        adapter = self._adapters.get(type(x)) or self._adapter(x)
         key: Hashable = None
-        route = None
-        if signature is not None:
-            key = (signature(x), out_type)
-            route = self._routes.get(key)
+        signature = adapter.signature
+        if out is None:
+            if signature is not None:
+                key = (signature(x), None if out_type is None else out_type.name)
+        else:
+            if getattr(out, "requires_grad", False):
+                raise ArrayError(
+                    "out requires a gradient, and this product has none; pass out.detach()"
+                )
+            theirs = (self._adapters.get(type(out)) or self._adapter(out)).signature
+            if signature is not None and theirs is not None:
+                name = None if out_type is None else out_type.name
+                key = (signature(x), name, theirs(out))
+        route = self._routes.get(key)
         if route is None:
-            same_device(device_of(x, "x"), self._device, "x")
+            same_device(device_of(x, "x"), self.device, "x")
         before = current_device()
         if before != self._index:
             set_device(self._index)
         try:
-            current = adapter.current_stream(self._device)
-            pointer = current if stream is None else stream_pointer(stream)
-            if pointer == 2 or current == 2:  # the common case costs no call
-                refuse_per_thread_stream(2)
-            if pointer != current:
-                self._refuse_foreign(pointer)
-                if is_capturing(pointer) != is_capturing(current):
-                    raise CaptureError(
-                        "of stream= and the current stream of x's library one is being captured "
-                        "and the other is not, so one cannot wait for the other; make the stream "
-                        "that is captured current and omit stream="
-                    )
-                order_streams(current, pointer)
+            current = pointer = adapter.current_stream(self.device)
+            if stream is not None or current == PER_THREAD_STREAM:
+                pointer = self.chosen(stream, current)
             owner: object = None
-            if route is None or adapter.pointer is None:
-                view = adapter.view(x, "x", pointer)
-                route = self._route(view, out_type)
-                _remember(self._routes, key, route)
-                address, owner = view.pointer, view.owner
+            if route is None:
+                route, address, result, target, owner = self._read(
+                    x, adapter, key, out_type, out, pointer
+                )
             else:
-                address = adapter.pointer(x)
-            if address == 0 and route.rows:
-                raise ArrayError("x has no memory (a fake or wrapper tensor?); pass a plain array")
-            result = out
-            if out is None:
-                result = self._new(adapter, route, pointer)
-                if adapter.pointer is not None:
-                    target = adapter.pointer(result)
+                # Whoever has a signature has this too.
+                address = adapter.pointer(x)  # type: ignore[misc]
+                if out is None:
+                    result = self._new(adapter, route, pointer)
+                    target = adapter.pointer(result)  # type: ignore[misc]
                 else:
-                    target = adapter.view(result, "the result", pointer).pointer
-                out_stride = self._problem.n
-            else:
-                target, out_stride = self._written(out, key, route, address, pointer)
-            self._launch(route, address, target, out_stride, pointer)
+                    result = out
+                    target = route.out_pointer(out)  # type: ignore[misc]
+                if address == 0 or (
+                    target + route.out_first < address + route.last
+                    and address + route.first < target + route.out_last
+                ):
+                    self._refuse_addresses(route, address, target)
+            self._launch(route, address, target, pointer)
             if owner is not None:
                 self._park(owner, pointer)
             if pointer != current:
-                adapter.share(x, pointer, self._device)
-                adapter_of(result).share(result, pointer, self._device)
+                adapter.share(x, pointer, self.device)
+                self._adapter(result).share(result, pointer, self.device)
             return adapter.finish(result, pointer) if out is None else out
+        finally:
+            if before != self._index:
+                set_device(before)
+
+    def bind(self, x: Any, out_type: ArrayType | None, out: Any, stream: Any) -> BoundRun:
+        """See :meth:`slidesparse_rt.SparseGemmPlan.bind`."""
+        if getattr(x, "requires_grad", False):
+            refuse_autograd(x)
+        if out is not None and getattr(out, "requires_grad", False):
+            raise ArrayError(
+                "out requires a gradient, and this product has none; pass out.detach()"
+            )
+        adapter = self._adapter(x)
+        same_device(device_of(x, "x"), self.device, "x")
+        if out is None and not adapter.writable:
+            raise ArrayError(
+                "x is a JAX array, and a result of its kind is immutable, so no second call could "
+                "write it; pass an out= of another library, or call run()"
+            )
+        before = current_device()
+        if before != self._index:
+            set_device(self._index)
+        try:
+            current = adapter.current_stream(self.device)
+            pointer = self.chosen(stream, current)
+            if is_capturing(pointer):
+                raise CaptureError(
+                    "bind() cannot be called while a CUDA graph is being captured; call it before "
+                    "the capture, and what it returns within"
+                )
+            route, address, result, target, owner = self._read(
+                x, adapter, None, out_type, out, pointer
+            )
+            given = self._adapter(result)
+            with working_on(self._index), self.workspace.lock:
+                self.check_open()
+                if adapter.signature is None or given.signature is None:
+                    # Reading them may have made this one stream wait; calls may come on others.
+                    self.workspace.device.synchronize(pointer)
+                parts = tuple(self._parts(route, address, target, pointer))
+                if parts:
+                    nbytes = max(step.nbytes for step, _, _ in parts)
+                    self.workspace.address(nbytes, pointer, route.rows)
+            return BoundOnGpu(
+                self,
+                BoundArray(x, adapter, address, route.stride),
+                BoundArray(result, given, target, route.out_stride),
+                parts,
+                None if stream is None else (pointer, stream),
+                owner,
+            )
         finally:
             if before != self._index:
                 set_device(before)
@@ -210,7 +272,7 @@ class GpuRunner:
         refuse_per_thread_stream(pointer)
         self._refuse_foreign(pointer)
         with working_on(self._index), self.workspace.lock:
-            self._check_open()
+            self.check_open()
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
             for count in tokens:
@@ -232,7 +294,7 @@ class GpuRunner:
             with working_on(self._index):
                 self.workspace.close()
         self._routes.clear()
-        self._out_routes.clear()
+        self._adapters.clear()
         self._parked.clear()
         self._captured.clear()
 
@@ -241,36 +303,60 @@ class GpuRunner:
         """Bytes of workspace that are the plan's own."""
         return self.workspace.nbytes if self._owned else 0
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
         """Raise PlanClosed once this plan or its workspace is closed; hold the workspace's lock."""
         if self._closed:
             raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
         self.workspace.check_open()
+
+    def _adapter(self, array: Any) -> Adapter:
+        """The adapter for an array, remembered where its type alone decides."""
+        adapter, kind = adapter_of(array), type(array)
+        alone = library_of_type(kind) is not None  # type: ignore[arg-type]  # types are hashable
+        if alone and len(self._adapters) < _ROUTES:
+            self._adapters[kind] = adapter
+        return adapter
+
+    def chosen(self, stream: Any, current: int) -> int:
+        """The stream to launch on, once it waits for the current one."""
+        pointer = current if stream is None else stream_pointer(stream)
+        refuse_per_thread_stream(pointer)
+        refuse_per_thread_stream(current)
+        if pointer != current:
+            self._refuse_foreign(pointer)
+            if is_capturing(pointer) != is_capturing(current):
+                raise CaptureError(
+                    "of stream= and the current stream of x's library one is being captured "
+                    "and the other is not, so one cannot wait for the other; make the stream "
+                    "that is captured current and omit stream="
+                )
+            order_streams(current, pointer)
+        return pointer
 
     def _refuse_foreign(self, stream: int) -> None:
         """Raise DeviceError for a stream of another GPU: kernels of this one cannot run on it."""
         found = kernels_of(self._index).device_of_stream(stream)
         if found != self._index:
             raise DeviceError(
-                f"stream is one of cuda:{found}, but the plan is on {self._device}; pass a stream "
-                f"that was made on {self._device}"
+                f"stream is one of cuda:{found}, but the plan is on {self.device}; pass a stream "
+                f"that was made on {self.device}"
             )
 
     def _new(self, adapter: Adapter, route: _Route, stream: int) -> Any:
         """A new result from x's library; DeviceMemoryError where it has no memory for it."""
         try:
             if adapter.signature is not None:
-                return adapter.empty(route.out_shape, route.out_kind, self._device, stream)
+                return adapter.empty(route.out_shape, route.out_kind, self.device, stream)
             # CuPy's pool may have to grow, also for JAX, which has no say in that.
             with relaxed_capture():
-                return adapter.empty(route.out_shape, route.out_kind, self._device, stream)
+                return adapter.empty(route.out_shape, route.out_kind, self.device, stream)
         except Exception as error:
             # Each library has a class of its own for this.
             known = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
             if not known:
                 raise
             raise DeviceMemoryError(
-                f"there is no memory on {self._device} for a result of shape {route.out_shape} and "
+                f"there is no memory on {self.device} for a result of shape {route.out_shape} and "
                 f"type {route.out_kind.name}: {error}; free memory, or pass out="
             ) from error
 
@@ -289,6 +375,36 @@ class GpuRunner:
                 while self._parked and self._parked[0][0].done:
                     self._parked.popleft()
 
+    def _read(
+        self,
+        x: Any,
+        adapter: Adapter,
+        key: Hashable,
+        out_type: ArrayType | None,
+        out: Any,
+        stream: int,
+    ) -> tuple[_Route, int, Any, int, object]:
+        """(route, address of x, result, its address, what x must be kept by), all checked.
+
+        The route is remembered under ``key``, unless that is ``None``.
+        """
+        view = adapter.view(x, "x", stream)
+        route = self._route(view, out_type)
+        if out is None:
+            result = self._new(adapter, route, stream)
+            if adapter.pointer is not None:
+                target = adapter.pointer(result)
+            else:
+                target = adapter.view(result, "the result", stream).pointer
+        else:
+            result, target = out, self._out_route(out, route, stream)
+        self._refuse_addresses(route, view.pointer, target)
+        if key is not None:
+            if len(self._routes) >= _ROUTES:
+                self._routes.clear()
+            self._routes[key] = route
+        return route, view.pointer, result, target, view.owner
+
     def _route(self, view: DeviceArray, out_type: ArrayType | None) -> _Route:
         shape = view.shape
         if not shape or shape[-1] != self._problem.k:
@@ -306,41 +422,14 @@ class GpuRunner:
             last - view.pointer,
             (*shape[:-1], self._problem.n),
             out_type or view.kind,
-            {},
             self._form(rows),
+            self._problem.n,
         )
 
-    def _form(self, tokens: int) -> _Form:
-        """The form that runs for so many tokens."""
-        return self._forms["" if self._dispatch is None else self._dispatch.at(tokens)]
-
-    def _written(
-        self, out: Any, key: Hashable, route: _Route, x: int, stream: int
-    ) -> tuple[int, int]:
-        """Address and row stride of the caller's ``out``, once it is found fit to be written."""
-        if getattr(out, "requires_grad", False):
-            raise ArrayError(
-                "out requires a gradient, and this product has none; pass out.detach()"
-            )
-        adapter = adapter_of(out)
-        known = None
-        if adapter.signature is not None and key is not None:
-            key = (key, adapter.signature(out))
-            known = self._out_routes.get(key)
-        else:
-            key = None
-        if known is None or adapter.pointer is None:
-            known, address = self._out_route(out, adapter, route, stream)
-            _remember(self._out_routes, key, known)
-        else:
-            address = adapter.pointer(out)
-        refuse_overlap(x + route.first, x + route.last, address + known.first, address + known.last)
-        return address, known.stride
-
-    def _out_route(
-        self, out: Any, adapter: Adapter, route: _Route, stream: int
-    ) -> tuple[_OutRoute, int]:
-        same_device(device_of(out, "out"), self._device, "out")
+    def _out_route(self, out: Any, route: _Route, stream: int) -> int:
+        """The address of the caller's ``out``, once it is found fit and noted in ``route``."""
+        adapter = self._adapter(out)
+        same_device(device_of(out, "out"), self.device, "out")
         if not adapter.writable:
             raise ArrayError(
                 "out is a JAX array, which is immutable; omit out= and take the result"
@@ -348,49 +437,89 @@ class GpuRunner:
         view = adapter.view(out, "out", stream)
         checked_out(view, route.out_shape, route.out_kind)
         first, last = byte_range(view)
-        stride = collapse_rows(view, "out")[1]
-        return _OutRoute(stride, first - view.pointer, last - view.pointer), view.pointer
+        route.out_stride = collapse_rows(view, "out")[1]
+        route.out_first, route.out_last = first - view.pointer, last - view.pointer
+        route.out_pointer = adapter.pointer
+        return view.pointer
 
-    def _launch(self, route: _Route, x: int, out: int, out_stride: int, stream: int) -> None:
-        workspace = self.workspace
-        rows, stride, kind, _, _, _, out_kind, steps, form = route
-        prepared, most = form.prepared, form.most
-        # One thread at a time from here: what it launches must not be interleaved with another's.
-        with workspace.lock:
-            self._check_open()
-            if 0 < rows <= most:
-                direct = prepared.can_write(out_kind, out, out_stride, rows)
-                key = (get_ident(), direct)
-                step = steps.get(key)
-                if step is not None:
-                    step(x, stride, out, out_stride, workspace, stream)
+    @staticmethod
+    def _refuse_addresses(route: _Route, x: int, out: int) -> None:
+        """Raise ArrayError for an x without memory, and for an out that meets it.
+
+        A new result lies elsewhere: its offsets are 0.
+        """
+        if x == 0 and route.rows:
+            raise ArrayError("x has no memory (a fake or wrapper tensor?); pass a plain array")
+        if route.out_first != route.out_last:
+            refuse_overlap(
+                x + route.first, x + route.last, out + route.out_first, out + route.out_last
+            )
+
+    def _form(self, tokens: int) -> _Form:
+        """The form that runs for so many tokens."""
+        return self._forms["" if self._dispatch is None else self._dispatch.at(tokens)]
+
+    def _launch(self, route: _Route, x: int, out: int, stream: int, *, again: bool = False) -> None:
+        workspace, form, rows = self.workspace, route.form, route.rows
+        try:
+            # One thread at a time: what it launches must not be interleaved with another's.
+            with workspace.lock:
+                if self._closed or workspace.closed:
+                    self.check_open()
+                if not 0 < rows <= form.most:
+                    for part, x_part, out_part in self._parts(route, x, out, stream):
+                        with relaxed_capture():
+                            part(
+                                x_part, route.stride, out_part, route.out_stride, workspace, stream
+                            )
                     return
-                step = prepared.step(rows, kind, out_kind, direct, stream)
-                if len(steps) >= _STEPS:
-                    steps.clear()  # of threads that ended, most likely
-                steps[key] = step
+                direct = route.direct.get(out & _ALIGNMENT_BITS)
+                if direct is None:
+                    direct = self._direct(route, out, rows)
+                thread = get_ident()
+                step = route.steps.get(thread if direct else ~thread)
+                if step is not None:
+                    step(x, route.stride, out, route.out_stride, workspace, stream)
+                    return
+                step = form.prepared.step(rows, route.kind, route.out_kind, direct, stream)
+                if len(route.steps) >= _STEPS:
+                    route.steps.clear()  # of threads that ended, most likely
+                route.steps[thread if direct else ~thread] = step
                 # Drivers and libraries may load code at a first launch, which would break a capture
                 # of another thread.
                 with relaxed_capture():
-                    step(x, stride, out, out_stride, workspace, stream)
-                return
-            while rows > 0:
-                part = rows if rows < most else most
-                direct = prepared.can_write(out_kind, out, out_stride, part)
-                step = prepared.step(part, kind, out_kind, direct, stream)
-                with relaxed_capture():
-                    step(x, stride, out, out_stride, workspace, stream)
-                rows -= part
-                x += part * stride * (kind.bits // 8)
-                out += part * out_stride * (out_kind.bits // 8)
+                    step(x, route.stride, out, route.out_stride, workspace, stream)
+        except LibraryError as error:
+            if again or error.status != NO_CONTEXT:
+                raise
+        else:
+            return
+        # Nothing was launched: the runtime makes its context the thread's, and all is repeated.
+        set_device(self._index)
+        self._launch(route, x, out, stream, again=True)
+
+    def _direct(self, route: _Route, out: int, rows: int) -> bool:
+        """Whether the library writes ``rows`` rows of results at ``out`` itself."""
+        found = route.form.prepared.can_write(route.out_kind, out, route.out_stride, rows)
+        if rows == route.rows:
+            route.direct[out & _ALIGNMENT_BITS] = found
+        return found
+
+    def _parts(
+        self, route: _Route, x: int, out: int, stream: int
+    ) -> Iterator[tuple[Step, int, int]]:
+        """(step, address of x, address of out) of each launch; hold the workspace's lock."""
+        form, rows = route.form, route.rows
+        x_bytes = route.stride * (route.kind.bits // 8)
+        out_bytes = route.out_stride * (route.out_kind.bits // 8)
+        while rows > 0:
+            part = min(rows, form.most)
+            direct = self._direct(route, out, part)
+            yield form.prepared.step(part, route.kind, route.out_kind, direct, stream), x, out
+            rows -= part
+            x += part * x_bytes
+            out += part * out_bytes
 
 
 #: An address that every library can write to with its widest stores.
 _WELL_ALIGNED = 1 << 12
-
-
-def _remember(routes: dict[Hashable, Any], key: Hashable, route: Any) -> None:
-    if key is not None:
-        if len(routes) >= _ROUTES:
-            routes.clear()
-        routes[key] = route

@@ -14,6 +14,7 @@ from .arrays import (
     Device,
     NDArray,
     device_of,
+    library_of,
     refuse_autograd,
     to_numpy,
     wrap_numpy,
@@ -21,8 +22,9 @@ from .arrays import (
 )
 from .backends import Choice, check_options, choose, needs_gpu
 from .backends.base import RawWeight
+from .bound import BoundOnCpu, BoundRun
 from .dtypes import ArrayType, Operand, array_type
-from .errors import DeviceError, OptionError, PlanClosed, ShapeError
+from .errors import ArrayError, DeviceError, OptionError, PlanClosed, ShapeError
 from .intake import checked_bias, intake, problem_of, readable
 from .options import PlanOptions, checked_x_scale
 from .packing.weight import SparseWeight
@@ -146,7 +148,8 @@ class SparseGemmPlan:
         self._backend = choice.backend  # what runs on the CPU
         self._prepared = self._selected.prepared
         self._lock = threading.Lock()
-        if self._device != CPU:
+        self._on_gpu = self._device != CPU
+        if self._on_gpu:
             from .gpu_run import GpuRunner
 
             try:
@@ -260,11 +263,72 @@ class SparseGemmPlan:
         """
         if self._closed:
             raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
-        if self._device != CPU:
+        if self._on_gpu:
             return self._runner.run(x, self._out_type, out, stream)
         if stream is not None:
-            raise OptionError("stream is given, but this plan runs on the CPU; omit stream=")
+            raise _stream_on_cpu()
         return self._run_on_cpu(x, out)
+
+    def bind(self, x: Any, out: Any = None, *, stream: Any = None) -> BoundRun:
+        """Check and look up everything for runs with fixed buffers; nothing is launched yet.
+
+        ::
+
+            step = plan.bind(x, y)
+            step()    # as plan.run(x, out=y), with what is in x by then; returns y
+
+        For decoding loops and captured graphs, where the same buffers come again and again: on a
+        GPU a call is a lock and the launches.
+
+        Parameters
+        ----------
+        x, stream:
+            As in :meth:`run`.  ``None`` takes the current stream of x's library at each call; any
+            other waits for that one at each call.
+        out:
+            As in :meth:`run`; ``None`` makes one of x's kind, uninitialized until the first call.
+
+        Returns
+        -------
+        BoundRun
+            A callable without arguments, with attributes ``x`` and ``out``.  It keeps both arrays
+            alive, reads x's data of the time of the call, overwrites ``out`` and returns it.
+
+        Raises
+        ------
+        ArrayError
+            As :meth:`run`; also where ``out`` is ``None`` and x is a JAX array, whose kind cannot
+            be written twice.
+        CaptureError
+            If a CUDA graph is being captured: bind before that.
+        PlanClosed, DeviceMemoryError, ShapeError, DTypeError, DeviceError, OptionError
+            As :meth:`run`.
+
+        Notes
+        -----
+        Calls may be captured in a CUDA graph, as runs may: on the stream that was bound, or that
+        :meth:`prepare` was called for; from any thread.  Several threads may call, and their calls
+        are launched one after the other; all of them write the one ``out``.  What writes x and what
+        reads ``out`` on other streams must be ordered by the caller.  The call raises PlanClosed
+        once the plan is closed, and ArrayError once the memory of a tensor was exchanged.
+        """
+        if self._closed:
+            raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+        if self._on_gpu:
+            bound: BoundRun = self._runner.bind(x, self._out_type, out, stream)
+            return bound
+        if stream is not None:
+            raise _stream_on_cpu()
+        view, shape, kind = self._read_on_cpu(x)
+        if out is None:
+            if library_of(x) == "jax":
+                raise ArrayError(
+                    "x is a JAX array, and a result of its kind is immutable, so no second call "
+                    "could write it; pass an out= of another library, or call run()"
+                )
+            out = wrap_numpy(np.empty(shape, kind.dtype), x)
+        writable_numpy(out, shape, kind, view)
+        return BoundOnCpu(self.run, x, out)
 
     def prepare(
         self, tokens: Iterable[int], *, x_dtype: str = "bfloat16", stream: Any = None
@@ -298,7 +362,7 @@ class SparseGemmPlan:
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise OptionError(f"tokens holds {count!r}; allowed are whole numbers from 1 on")
         kind = array_type(x_dtype)
-        if self._device != CPU:
+        if self._on_gpu:
             self._runner.prepare(wanted, kind, self._out_type or kind, stream)
 
     def explain(self) -> str:
@@ -340,7 +404,7 @@ class SparseGemmPlan:
             if self._closed:
                 return
             self._closed = True
-        if self._device != CPU:
+        if self._on_gpu:
             self._runner.close()
         self._prepared.close()
 
@@ -362,7 +426,8 @@ class SparseGemmPlan:
             f"{self.dtype}, {self._device}, {state})"
         )
 
-    def _run_on_cpu(self, x: Any, out: Any) -> Any:
+    def _read_on_cpu(self, x: Any) -> tuple[NDArray, tuple[int, ...], ArrayType]:
+        """X as NumPy, and the result's shape and type."""
         refuse_autograd(x)
         device = device_of(x, "x")
         if device != CPU:
@@ -376,8 +441,11 @@ class SparseGemmPlan:
                 f"x has shape {view.shape}; allowed is (..., {self._problem.k}): the last extent "
                 f"is the weight's K"
             )
-        kind = self._out_type or array_type(view.dtype)
         shape = (*view.shape[:-1], self._problem.n)
+        return view, shape, self._out_type or array_type(view.dtype)
+
+    def _run_on_cpu(self, x: Any, out: Any) -> Any:
+        view, shape, kind = self._read_on_cpu(x)
         target = None if out is None else writable_numpy(out, shape, kind, view)
         # A target that is no plain matrix is filled from one.
         direct = target is not None and target.flags.c_contiguous
@@ -394,6 +462,10 @@ class SparseGemmPlan:
         backend = self._backend
         config = backend.candidates(self._problem)[0]
         backend.launch(self._prepared, x, out, kind, None, 0, config)
+
+
+def _stream_on_cpu() -> OptionError:
+    return OptionError("stream is given, but this plan runs on the CPU; omit stream=")
 
 
 def sparse_matmul(

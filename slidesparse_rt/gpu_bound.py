@@ -1,0 +1,138 @@
+"""A run on a GPU with fixed buffers: a lock and the launches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .bound import BoundRun
+from .device_arrays import PER_THREAD_STREAM, Adapter, current_device, set_device
+from .errors import ArrayError, LibraryError
+from .kernels.loader import relaxed_capture
+
+if TYPE_CHECKING:
+    from .backends.gpu_gemm import Step
+    from .gpu_run import GpuRunner
+
+__all__ = ["NO_CONTEXT", "BoundArray", "BoundOnGpu"]
+
+#: CUDA_ERROR_INVALID_CONTEXT: a launch by a thread that made no call of the CUDA runtime yet.
+NO_CONTEXT = 201
+
+
+class BoundArray:
+    """An array that is read or written where it lay when it was bound.
+
+    ``stride`` counts elements from row to row.
+    """
+
+    __slots__ = ("_pointer", "adapter", "address", "array", "stride")
+
+    def __init__(self, array: Any, adapter: Adapter, address: int, stride: int) -> None:
+        self.array = array
+        self.adapter = adapter
+        self._pointer = adapter.pointer
+        self.address = address
+        self.stride = stride
+
+    def check(self, what: str) -> None:
+        """Raise ArrayError if the array lies elsewhere by now.
+
+        A tensor's memory can be exchanged (``resize_``, ``set_``, ``.data``), and freed then.
+        """
+        if self._pointer is not None and self._pointer(self.array) != self.address:
+            raise ArrayError(
+                f"{what} lies elsewhere in memory than when it was bound; bind it again"
+            )
+
+
+class BoundOnGpu(BoundRun):
+    """A run on a GPU with fixed buffers; :meth:`~slidesparse_rt.gpu_run.GpuRunner.bind` makes it.
+
+    Parameters
+    ----------
+    runner:
+        Whose run it is.
+    x, out:
+        What it reads and writes, checked.
+    parts:
+        What it launches: (step, address of x, address of out).
+    stream:
+        ``None``: the current one of x's library at each call; otherwise an address, and what keeps
+        that stream alive.
+    owner:
+        What keeps x's memory alive where x itself does not.
+    """
+
+    __slots__ = (
+        "_current_stream",
+        "_device",
+        "_fresh",
+        "_kept",
+        "_out",
+        "_parts",
+        "_runner",
+        "_stream",
+        "_x",
+    )
+
+    def __init__(
+        self,
+        runner: GpuRunner,
+        x: BoundArray,
+        out: BoundArray,
+        parts: tuple[tuple[Step, int, int], ...],
+        stream: tuple[int, object] | None,
+        owner: object,
+    ) -> None:
+        self._runner, self._device = runner, runner.device
+        self._x, self._out = x, out
+        self.x, self.out = x.array, out.array
+        self._current_stream = x.adapter.current_stream
+        self._parts = parts
+        self._stream = None if stream is None else stream[0]
+        self._kept = (stream, owner)
+        #: Whether nothing was launched yet.
+        self._fresh = True
+
+    def __call__(self) -> Any:
+        """See :meth:`BoundRun.__call__`."""
+        self._x.check("x")
+        self._out.check("out")
+        device = self._device
+        index = device.index
+        before = current_device()
+        if before != index:
+            set_device(index)
+        try:
+            current = pointer = self._current_stream(device)
+            if self._stream is not None or current == PER_THREAD_STREAM:
+                pointer = self._runner.chosen(self._stream, current)
+            try:
+                self._launch(pointer)
+            except LibraryError as error:
+                if error.status != NO_CONTEXT:
+                    raise
+                # Nothing was launched; from here on the runtime's context is the thread's.
+                set_device(index)
+                self._launch(pointer)
+            if pointer != current:
+                self._x.adapter.share(self.x, pointer, device)
+                self._out.adapter.share(self.out, pointer, device)
+        finally:
+            if before != index:
+                set_device(before)
+        return self.out
+
+    def _launch(self, stream: int) -> None:
+        runner = self._runner
+        workspace, x_stride, out_stride = runner.workspace, self._x.stride, self._out.stride
+        with workspace.lock:
+            runner.check_open()
+            if not self._fresh:
+                for step, x, out in self._parts:
+                    step(x, x_stride, out, out_stride, workspace, stream)
+                return
+            with relaxed_capture():  # a first launch may load code
+                for step, x, out in self._parts:
+                    step(x, x_stride, out, out_stride, workspace, stream)
+            self._fresh = False
