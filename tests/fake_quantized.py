@@ -23,14 +23,15 @@ class FakeQuantizedLinear(torch.nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Any) -> Any:
-        q_max = Q[self.kind]
+        # A tensor: torch takes `number / tensor` for the number times a rounded reciprocal.
+        q_max = torch.tensor(Q[self.kind], dtype=torch.float32)
         wide = x.float()
         peak = wide.abs().amax(dim=-1, keepdim=True)
-        floor = torch.tensor(q_max, dtype=torch.float32) * 2.0**-126
+        floor = q_max * 2.0**-126
         peak = torch.where(peak == 0, q_max, torch.maximum(peak, floor))  # a zero row: scale 1
         scaled = wide * (q_max / peak)
         rounded = scaled.round() if self.kind == torch.int8 else scaled.to(self.kind).double()
-        sums = rounded.double().clamp(-q_max, q_max) @ self.values.T
+        sums = rounded.double() @ self.values.T
         y = sums.float() * (peak / q_max) * self.scales
         if self.bias is not None:
             y = y + self.bias.float()

@@ -47,6 +47,8 @@ def _is_plain(x: Any) -> bool:
     )
 
 
+# PyTorch 2.7; before that a strict export takes the way of torch.compile.
+_exporting = getattr(torch.compiler, "is_exporting", bool)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -70,6 +72,9 @@ class Shared:
     def output(self, index: int, x: Any) -> Any:
         """What the layer at ``index`` makes of ``x``."""
         if torch.compiler.is_compiling():
+            if _exporting() and torch.compiler.is_dynamo_compiling():
+                # A strict export warns of everything that outlives the call.
+                return product((self.layers[index],), x)
             y = self._while_tracing(index, x)
         elif _is_plain(x):
             y = self._now(index, x)
