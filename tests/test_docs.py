@@ -18,6 +18,7 @@ import pytest
 
 import slidesparse_rt as ss
 from slidesparse_rt.bench.report.page import outdated
+from slidesparse_rt.bench.report.results import Key, products, read_result
 from slidesparse_rt.dtypes import storage_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +163,24 @@ def test_pages_and_plots_show_the_result_files() -> None:
     )
     page = (ROOT / "docs" / "packing-speed.md").read_text(encoding="utf-8")
     assert f"{result['rows'][0]['weights_per_second'] / 1e6:.0f}" in page
+
+
+def test_the_readme_quotes_the_performance_of_an_h100() -> None:
+    files = sorted((ROOT / "benchmarks" / "results").glob("gemm-*h100*.json"))
+    rows = products([read_result(path) for path in files], "gemm")["hopper"]
+
+    def ratios(m: int, mode: str) -> list[str]:
+        keys = [Key("qwen2.5-7b", "6:8", dtype, m, "op", mode) for dtype in ("int8", "fp8_e4m3")]
+        return [f"{rows[key].row['ratio_best_8bit']['hopper']:.2f}" for key in keys]
+
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    many, fewer = ratios(16384, "sustained"), ratios(2048, "sustained")
+    assert f"16,384 tokens {many[0]} (int8) and {many[1]} (fp8) times as fast" in text
+    assert f"at 2,048 tokens {fewer[0]} and {fewer[1]}." in text
+    few, some = ratios(16, "burst"), ratios(256, "burst")
+    assert (
+        f"of 16 tokens it is {few[0]} and {few[1]}, of 256 tokens {some[0]} and {some[1]};" in text
+    )
 
 
 def test_the_demo_page_quotes_its_result_file() -> None:

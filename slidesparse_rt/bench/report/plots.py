@@ -138,7 +138,7 @@ def _speed(figure: Any, chart: SpeedChart) -> None:
                 )
             axes.set_ylim(min(0.75, 0.95 * min(values)), top)
         axes_row[0].set_ylabel("speed, dense = 1")
-    handles["that bound"] = Line2D([], [], color=_GREY, linewidth=1, linestyle=_DASHES)
+    handles["bound, N/(N-1)"] = Line2D([], [], color=_GREY, linewidth=1, linestyle=_DASHES)
     if any(line.sustained for row in chart.rows for panel in row for line in panel.lines):
         handles["sustained"] = Line2D(
             [], [], color=_GREY, marker="o", markersize=8, fillstyle="none", linestyle="none"
@@ -183,7 +183,7 @@ def _speed_panel(
             markersize=4.5,
             linewidth=1.6,
         )
-        handles[f"{line.pattern}, at most {line.bound:.2f}"] = handle
+        handles[f"{line.pattern} (bound {line.bound:.2f})"] = handle
         if line.sustained:
             axes.plot(
                 *zip(*line.sustained, strict=True),
