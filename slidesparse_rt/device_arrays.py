@@ -81,8 +81,9 @@ class Adapter:
     writable:
         Whether the library's arrays may be written.
     signature:
-        Array -> everything about it but its address, hashable and cheap: equal signatures are read
-        alike.  ``None`` where reading an array is more than looking (it may order streams).
+        Array, or two -> everything about them but their addresses, hashable and cheap: equal
+        signatures are read alike.  ``None`` where reading an array is more than looking (it may
+        order streams).
     pointer:
         Array -> its address; goes with :attr:`signature`.
     """
@@ -93,7 +94,7 @@ class Adapter:
     share: Callable[[Any, int, Device], None]
     finish: Callable[[Any, int], Any]
     writable: bool = True
-    signature: Callable[[Any], Hashable] | None = None
+    signature: Callable[..., Hashable] | None = None
     pointer: Callable[[Any], int] | None = None
 
 
@@ -264,7 +265,8 @@ class on_device:  # noqa: N801  (used like a function, in a with statement)
 
 def current_device() -> int:
     """CUDA's number of the calling thread's current device."""
-    return int(cuda_runtime().getDevice())
+    index: int = cuda_runtime().getDevice()
+    return index
 
 
 def set_device(index: int) -> None:
@@ -313,11 +315,13 @@ def _torch_adapter() -> Adapter:
         return torch.empty(shape, dtype=dtypes[kind.name], device=devices(device.index))
 
     # The same address without making a Stream object, where PyTorch has it.
-    raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    raw: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
     def current_stream(device: Device) -> int:
-        if raw is not None:
-            return int(raw(device.index))
+        address: int = raw(device.index)
+        return address
+
+    def current_stream_object(device: Device) -> int:
         return int(torch.cuda.current_stream(device.index).cuda_stream)
 
     def share(tensor: Any, stream: int, device: Device) -> None:
@@ -325,25 +329,34 @@ def _torch_adapter() -> Adapter:
 
     strided = torch.strided
 
-    def signature(tensor: Any) -> Hashable:
-        if tensor.layout is not strided:
+    def signature(x: Any, y: Any = None) -> Hashable:
+        if x.layout is not strided or (y is not None and y.layout is not strided):
+            layout = y.layout if x.layout is strided else x.layout
             raise ArrayError(
-                f"a torch tensor of layout {tensor.layout} is no plain dense one; call .to_dense()"
+                f"a torch tensor of layout {layout} is no plain dense one; call .to_dense()"
             )
         # Numbers where there are some: a torch.device takes longer to compare.
+        if y is None:
+            return x.dtype, x.shape, x.stride(), x.is_cuda, x.get_device(), x.is_neg()
         return (
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            tensor.is_cuda,
-            tensor.get_device(),
-            tensor.is_neg(),
+            x.dtype,
+            x.shape,
+            x.stride(),
+            x.is_cuda,
+            x.get_device(),
+            x.is_neg(),
+            y.dtype,
+            y.shape,
+            y.stride(),
+            y.is_cuda,
+            y.get_device(),
+            y.is_neg(),
         )
 
     return Adapter(
         view,
         empty,
-        current_stream,
+        current_stream_object if raw is None else current_stream,
         share,
         _same,
         signature=signature,

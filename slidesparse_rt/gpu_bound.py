@@ -127,7 +127,8 @@ class BoundOnGpu(BoundRun):
         runner = self._runner
         workspace, x_stride, out_stride = runner.workspace, self._x.stride, self._out.stride
         with workspace.lock:
-            runner.check_open()
+            if runner.closed or workspace.closed:
+                runner.check_open()
             if not self._fresh:
                 for step, x, out in self._parts:
                     step(x, x_stride, out, out_stride, workspace, stream)

@@ -143,7 +143,8 @@ class GpuRunner:
                 f"workspace is {shared!r}; allowed are None and a slidesparse_rt.Workspace"
             )
         self._owned = shared is None
-        self._closed = False
+        #: Whether :meth:`close` was called; hold the workspace's lock to act on it.
+        self.closed = False
         #: The plan's own, or the one that it shares.
         self.workspace: Workspace = (
             Workspace(gpu_device(device.index)) if shared is None else shared.memory(device)
@@ -159,19 +160,18 @@ class GpuRunner:
             refuse_autograd(x)
         adapter = self._adapters.get(type(x)) or self._adapter(x)
         key: Hashable = None
-        signature = adapter.signature
+        name = None if out_type is None else out_type.name
         if out is None:
-            if signature is not None:
-                key = (signature(x), None if out_type is None else out_type.name)
+            if adapter.signature is not None:
+                key = (adapter.signature(x), name)
         else:
             if getattr(out, "requires_grad", False):
                 raise ArrayError(
                     "out requires a gradient, and this product has none; pass out.detach()"
                 )
-            theirs = (self._adapters.get(type(out)) or self._adapter(out)).signature
-            if signature is not None and theirs is not None:
-                name = None if out_type is None else out_type.name
-                key = (signature(x), name, theirs(out))
+            theirs = self._adapters.get(type(out)) or self._adapter(out)
+            if theirs is adapter and adapter.signature is not None:
+                key = (adapter.signature(x, out), name)
         route = self._routes.get(key)
         if route is None:
             same_device(device_of(x, "x"), self.device, "x")
@@ -289,7 +289,7 @@ class GpuRunner:
     def close(self) -> None:
         """Give the workspace back, if it is the plan's own."""
         with self.workspace.lock:
-            self._closed = True
+            self.closed = True
         if self._owned:
             with working_on(self._index):
                 self.workspace.close()
@@ -305,7 +305,7 @@ class GpuRunner:
 
     def check_open(self) -> None:
         """Raise PlanClosed once this plan or its workspace is closed; hold the workspace's lock."""
-        if self._closed:
+        if self.closed:
             raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
         self.workspace.check_open()
 
@@ -464,7 +464,7 @@ class GpuRunner:
         try:
             # One thread at a time: what it launches must not be interleaved with another's.
             with workspace.lock:
-                if self._closed or workspace.closed:
+                if self.closed or workspace.closed:
                     self.check_open()
                 if not 0 < rows <= form.most:
                     for part, x_part, out_part in self._parts(route, x, out, stream):

@@ -133,14 +133,17 @@ def test_the_second_pass_reads_half_the_bytes_and_leaves_the_scales_out(
 
     def dequantizer(device: Any, sums_type: str, kind: Any, n: int) -> Any:
         sums.append(sums_type)
+
         def fixed(*arguments: Any) -> Any:
             launches.append(arguments)
-            return lambda *call: None
+            return SimpleNamespace(launch=lambda *call: None)
 
         return SimpleNamespace(fixed=fixed)
 
     monkeypatch.setattr(gpu_gemm, "dequantizer", dequantizer)
-    nothing: Any = SimpleNamespace(fixed=lambda *arguments: lambda *call: None)
+    nothing: Any = SimpleNamespace(
+        fixed=lambda *arguments: SimpleNamespace(launch=lambda *call: None)
+    )
     monkeypatch.setattr(gpu_gemm, "quantizer", lambda *arguments, **options: nothing)
     workspace: Any = SimpleNamespace(address=lambda nbytes, stream, tokens: 1 << 30)
     kind = array_type("float32")

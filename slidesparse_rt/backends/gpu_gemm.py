@@ -406,9 +406,11 @@ class Step:
                 self._channel_scales,
                 self._bias,
                 tokens,
-            )
+            ).launch
+        quantize = self._quantize.fixed(base, scales, tokens, layout.padded_tokens, self._x_scale)
+        # Methods, not objects that can be called: that is what costs least.
         return _Placed(
-            self._quantize.fixed(base, scales, tokens, layout.padded_tokens, self._x_scale),
+            quantize.launch,
             self._product.fixed(base, scales, base + layout.scratch, base - COUNTER_BYTES),
             finish,
             sums,

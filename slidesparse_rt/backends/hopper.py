@@ -11,11 +11,13 @@ promising ones are timed, and the fastest is kept for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
-from ..kernels.hopper import FixedGemm, HopperGemm, pack_weights
+from ..kernels.hopper import HopperGemm, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
 from ..kernels.hopper_tiles import HopperConfig, configurations, tiling
 from ..kernels.loader import kernels_of
@@ -74,8 +76,10 @@ class _Product(Product):
             stream,
         )
 
-    def fixed(self, tokens: int, token_scales: int, scratch: int, counters: int) -> FixedGemm:
-        return self._gemm.fixed(
+    def fixed(
+        self, tokens: int, token_scales: int, scratch: int, counters: int
+    ) -> Callable[[int, int, int], None]:
+        made = self._gemm.fixed(
             self._weight,
             tokens,
             token_scales if self._scaled else 0,
@@ -84,6 +88,7 @@ class _Product(Product):
             scratch,
             counters,
         )
+        return made.launch
 
 
 class HopperPrepared(GpuPrepared):

@@ -179,30 +179,33 @@ class FixedQuantize:
     :meth:`~slidesparse_rt.kernels.launch.Quantizer.fixed` makes it.
     """
 
-    __slots__ = ("_access", "_any", "_fast", "_pitch", "_size", "_stride")
+    __slots__ = ("_access", "_any", "_fast", "_launch", "_size", "_stride", "_x")
 
     def __init__(self, fast: FixedLaunch, anything: FixedLaunch, access: int, size: int) -> None:
         self._fast, self._any = fast, anything
         self._access, self._size = access, size
-        self._stride = self._pitch = 0
+        self._launch = fast
+        self._x = self._stride = -1  # no address
 
-    def __call__(self, x: int, x_stride: int, stream: int) -> None:
+    def launch(self, x: int, x_stride: int, stream: int) -> None:
         """Launch for x at ``x`` with ``x_stride`` elements from row to row."""
-        if x_stride != self._stride:
-            self._set_stride(x_stride)
-        launch = self._any if (x | self._pitch) % self._access else self._fast
+        if x != self._x or x_stride != self._stride:
+            self._aim(x, x_stride)
+        launch = self._launch
         if stream != launch.stream:
             launch.set_stream(stream)
-        launch.words[0] = x
         status = launch.run()
         if status:
             raise launch.error(status)
 
-    def _set_stride(self, x_stride: int) -> None:
+    def _aim(self, x: int, x_stride: int) -> None:
         pitch = x_stride * self._size
-        for launch in (self._fast, self._any):
-            launch.set_argument(1, pitch)
-        self._pitch, self._stride = pitch, x_stride
+        if x_stride != self._stride:
+            for launch in (self._fast, self._any):
+                launch.set_argument(1, pitch)
+            self._stride = x_stride
+        launch = self._launch = self._any if (x | pitch) % self._access else self._fast
+        launch.words[0] = self._x = x
 
 
 class FixedDequantize:
@@ -219,7 +222,7 @@ class FixedDequantize:
         self._launch = fast
         self._out = self._stride = -1  # no address
 
-    def __call__(self, out: int, out_stride: int, stream: int) -> None:
+    def launch(self, out: int, out_stride: int, stream: int) -> None:
         """Launch into ``out`` with ``out_stride`` elements from row to row."""
         if out != self._out or out_stride != self._stride:
             self._aim(out, out_stride)

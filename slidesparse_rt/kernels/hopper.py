@@ -177,7 +177,7 @@ class HopperGemm:
         last = self._last
         if last is None or last[0] != operands:
             last = self._last = (operands, self.fixed(*operands))
-        last[1](out, out_stride, stream)
+        last[1].launch(out, out_stride, stream)
 
     def fixed(
         self,
@@ -256,7 +256,7 @@ class FixedGemm:
         launch.set_map(0, token_map.location)
         self._out = self._stride = -1  # no address
 
-    def __call__(self, out: int, out_stride: int, stream: int) -> None:
+    def launch(self, out: int, out_stride: int, stream: int) -> None:
         """Launch into ``out`` with ``out_stride`` elements from row to row."""
         if out != self._out or out_stride != self._stride:
             self._aim(out, out_stride)
