@@ -31,7 +31,7 @@ def require(name: str, extra: str, least: tuple[int, int]) -> Any:
     try:
         module = importlib.import_module(name)
     except ImportError as error:
-        if error.name is not None and error.name.partition(".")[0] == name:
+        if error.name == name:
             raise MissingPackage(
                 f"slidesparse_rt.{extra} needs {name}, which is not installed; {install}",
                 name=name,

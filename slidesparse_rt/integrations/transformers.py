@@ -17,18 +17,20 @@ from ..convert.layout import SCALE_SUFFIX, value_type
 from ..errors import FormatError, OptionError, SlideSparseError
 from ..packing import TensorFile
 from .require import require
-from .torch_model import fuse, layers_of
-from .torch_module import SlideSparseLinear
 
 torch = require("torch", "transformers", (2, 4))
 transformers = require("transformers", "transformers", (5, 0))
 
-from transformers.quantizers import (  # noqa: E402  (after the error that says how to get it)
+# Below the errors that say how to get the two.
+from transformers.quantizers import (  # noqa: E402
     HfQuantizer,
     register_quantization_config,
     register_quantizer,
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
+
+from .torch_model import fuse, layers_of  # noqa: E402
+from .torch_module import SlideSparseLinear  # noqa: E402
 
 __all__ = ["SlideSparseConfig", "SlideSparseQuantizer", "runtime_config"]
 
