@@ -163,9 +163,13 @@ def test_pipeline_puts_auto_beside_every_backend(gpu, pipeline_plans):
             )
         }
         assert "layer_us" not in row
-    low = pipeline.lowest(result.rows)
-    assert (low["m"], low["ratio"]["auto"]) == (1, pytest.approx(1.0))
-    assert pipeline.lowest([]) is None
+    dense, single = pipeline.promises(result.rows)
+    assert (dense.row["m"], dense.least) == (1, pytest.approx(1.0))
+    # With one token dense runs, and hopper would be faster.
+    assert (single.row["m"], single.least) == (1, pytest.approx(7 / 17))
+    assert str(single).startswith("auto is at least 0.412 x as fast as the fastest single backend")
+    assert str(single).endswith("promised is 0.98: BROKEN")
+    assert pipeline.promises([]) == []
     assert any("auto chooses for qkv by times measured before it" in line for line in lines)
 
 
@@ -265,6 +269,7 @@ def test_pipeline_from_end_to_end(run, gpu, pipeline_plans, tmp_path, monkeypatc
     assert "4 cases of auto, hopper, cusparselt, dense" in err
     assert "auto is at least 1.000 x as fast as dense (tiny 6:8 int8 M=1 burst)" in out
     assert "promised is 0.98: kept" in out
+    assert "0.412 x as fast as the fastest single backend" in out
     document = json.loads(path.read_text())
     assert document["what"] == "pipeline"
     assert document["settings"]["tuning"] == "cached"
@@ -278,6 +283,10 @@ def test_pipeline_from_end_to_end(run, gpu, pipeline_plans, tmp_path, monkeypatc
         FakePlan.cost["dense"] = 15_000.0
     assert code == 0, err
     assert "promised is 0.98: BROKEN" in out
+    squares = ("--models", "square-64", *options[2:], "--commit", "abc")
+    code, out, err = run("bench", "pipeline", "--quick", *squares)
+    assert code == 0, err
+    assert {row["m"] for row in json.loads(path.read_text())["rows"]} == {64}
     code, _, err = run("bench", "pipeline", "--tuning", "never", "--output", path)
     assert code == 1
     assert "tuning is 'never'" in err

@@ -183,11 +183,12 @@ def test_auto_says_where_it_is_slowest(tmp_path):
     ]
     text = markdown.auto_against_dense([read(tmp_path, "p.json", rows, "pipeline")])
     assert "| int8 | 6:8 | 1.33 | 1.00 | 0.98 | 1.20 |" in text
-    words = "Lowest: 0.981 (qwen2.5-7b 6:8 int8 M=64 burst), of 3 cases. Promised is at least 0.98"
-    assert f"{words}: kept." in text
-    rows[1]["ratio"]["auto"] = 0.979
+    words = "- auto is at least 0.981 x as fast as dense (qwen2.5-7b 6:8 int8 M=64 burst); promised"
+    assert f"Of 3 cases:\n\n{words} is 0.98: kept\n" in text
+    rows[1]["us"]["auto"] = rows[1]["us"]["dense"] / 0.979
     text = markdown.auto_against_dense([read(tmp_path, "p.json", rows, "pipeline")])
-    assert text.rstrip().endswith("0.98: broken.")
+    assert "0.979 x as fast as dense" in text
+    assert "promised is 0.98: BROKEN" in text
     assert markdown.auto_against_dense([read(tmp_path, "p.json", rows)]) == ""
 
 

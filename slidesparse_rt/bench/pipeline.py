@@ -6,8 +6,8 @@ dense.  Cases, checks and both ways of timing are those of :mod:`~slidesparse_rt
 "op"; the plans have default options.  ``layer_how`` of a row says which backend ran each layer, and
 ``tuned`` what the choice went by: times measured in this run, times kept before it, or the rule.
 
-The promise that this measures: no number of tokens and no pattern is below :data:`FLOOR` times the
-speed of dense.
+The promises that this measures (:func:`promises`): with no number of tokens and no pattern is auto
+below :data:`FLOOR` times the speed of dense, nor of the fastest single backend.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .record import Budget, Record
 from .sides import AUTO, DENSE, GpuSide, utc_now
 from .timing import Gpu
 
-__all__ = ["FLOOR", "PipelineSettings", "lowest", "run_pipeline"]
+__all__ = ["FLOOR", "PipelineSettings", "Promise", "promises", "run_pipeline"]
 
 #: Least speed of "auto" over dense that is promised.
 FLOOR = 0.98
@@ -114,7 +114,44 @@ def run_pipeline(
     )
 
 
-def lowest(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The row in which "auto" is slowest against dense; ``None`` where none has it."""
-    fitting = [row for row in rows if AUTO in row["ratio"]]
-    return min(fitting, key=lambda row: float(row["ratio"][AUTO]), default=None)
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What is promised of "auto", and where it comes closest to being broken.
+
+    Attributes
+    ----------
+    against:
+        What auto is compared with, for people.
+    least:
+        Its speed over that, where it is lowest.
+    row:
+        The row in which it is.
+    """
+
+    against: str
+    least: float
+    row: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        row = self.row
+        case = f"{row['model']} {row['pattern']} {row['dtype']} M={row['m']} {row['mode']}"
+        verdict = "kept" if self.least >= FLOOR else "BROKEN"
+        return (
+            f"auto is at least {self.least:.3f} x as fast as {self.against} ({case}); promised is "
+            f"{FLOOR}: {verdict}"
+        )
+
+
+def promises(rows: Iterable[Mapping[str, Any]]) -> list[Promise]:
+    """Auto against dense, and against the fastest single backend of each row; none without rows."""
+    ratios: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    for row in rows:
+        us = dict(row["us"])
+        auto = us.pop(AUTO, None)
+        if auto is not None:
+            ratios.setdefault("dense", []).append((us[DENSE] / auto, row))
+            single = (min(us.values()) / auto, row)
+            ratios.setdefault("the fastest single backend", []).append(single)
+    return [
+        Promise(against, *min(found, key=lambda pair: pair[0])) for against, found in ratios.items()
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ...pattern import PATTERNS
 from ..packing import targets
-from ..pipeline import FLOOR
+from ..pipeline import promises
 from ..sides import AUTO, DENSE
 from .results import BOTH, Case, Key, Measured, Result, merged, products, stages
 
@@ -208,13 +208,8 @@ def auto_against_dense(results: Sequence[Result]) -> str:
             made = ratios(own, AUTO, "op", mode)
             if made:
                 text += f"{model}, {mode}:\n\n{made}\n\n"
-    low, case = min(rows.items(), key=lambda item: float(item[1].row["ratio"][AUTO]))
-    ratio = case.row["ratio"][AUTO]
-    verdict = "kept" if ratio >= FLOOR else "broken"
-    return text + (
-        f"Lowest: {ratio:.3f} ({low.model} {low.pattern} {low.dtype} M={low.m} {low.mode}), of "
-        f"{len(rows)} cases. Promised is at least {FLOOR}: {verdict}.\n\n"
-    )
+    shown = "".join(f"- {promise}\n" for promise in promises(case.row for case in rows.values()))
+    return f"{text}Of {len(rows)} cases:\n\n{shown}\n"
 
 
 # --- stages of an operator ------------------------------------------------------------------------
