@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bench_fakes
+import fake_machine
 import numpy as np
 import pytest
 from bench_fakes import BF16, SMALL, measure_kernels, new_record
@@ -16,6 +17,7 @@ from slidesparse_rt.errors import (
     OptionError,
 )
 from slidesparse_rt.kernels import launch as launch_module
+from slidesparse_rt.kernels import loader
 from slidesparse_rt.pattern import Pattern
 
 cuda = pytest.fixture(bench_fakes.make_cuda)
@@ -153,6 +155,13 @@ class HostPlan:
             y[0, 0] += 1
         return y
 
+    def bind(self, x, out):
+        return self.plan.bind(x, out)
+
+    def backend_for(self, tokens):
+        assert tokens == 32
+        return "dense"
+
 
 def measure_overhead(gpu, others=None, arrays=None, budget=None):
     settings = overhead.OverheadSettings(n=64, k=64, batches=3, calls=2)
@@ -167,6 +176,7 @@ def measure_overhead(gpu, others=None, arrays=None, budget=None):
         arrays=arrays or HostArrays(),
         make_plan=HostPlan,
         others=others or (lambda settings, index: []),
+        launches=lambda index: [("cuLaunchKernelEx", "any", int)],
     )
     return result, lines
 
@@ -180,10 +190,15 @@ def test_overhead_measures_plans_and_pytorch(gpu):
     )
     record.check_document(result.document)
     calls = [(row["backend"], row["dtype"], row["call"]) for row in result.rows]
-    assert len(calls) == 8 * 2 + 1
+    assert len(calls) == (8 + 3) * 3 + 2
     assert calls[0] == ("hopper", "int8", "SparseGemmPlan.run out=None")
     assert calls[1][2] == "SparseGemmPlan.run out=y"
+    assert calls[2][2] == "SparseGemmPlan.bind, each call"
+    assert calls[-2] == ("driver", "any", "cuLaunchKernelEx")
     assert calls[-1] == ("torch", "bf16", "torch.mm")
+    chosen = [row["ran"] for row in result.rows if row["backend"] == "auto"]
+    assert chosen == ["dense"] * 9
+    assert all("ran" not in row for row in result.rows if row["backend"] != "auto")
     assert [entry["case"] for entry in result.document["left_out"]] == [
         "dense fp8_e4m3",
         "torch._x int8",
@@ -201,10 +216,40 @@ def test_overhead_measures_plans_and_pytorch(gpu):
 def test_overhead_refuses_wrong_outputs_and_keeps_to_its_budget(gpu, monkeypatch):
     monkeypatch.setattr(HostPlan, "wrong", True)
     result, _ = measure_overhead(gpu)
-    assert result.rows == []
+    assert [row["backend"] for row in result.rows] == ["driver"]
     assert result.failed
+    monkeypatch.setattr(HostPlan, "wrong", False)
+    monkeypatch.setattr(HostPlan, "bind", lambda plan, x, out: lambda: out)  # writes nothing
+    result, _ = measure_overhead(gpu)
+    assert [row["backend"] for row in result.rows] == ["driver"]
     result, _ = measure_overhead(gpu, budget=Budget(0.0))
     assert {entry["reason"] for entry in result.document["left_out"]} == {"time budget"}
+    assert len(result.document["left_out"]) == 12
+
+
+def test_bare_launches_do_nothing_as_plans_do_something(monkeypatch):
+    made = fake_machine.Kernels()
+    monkeypatch.setattr(loader, "kernels_of", lambda index: {3: made}[index])
+    calls = overhead.driver_calls(3)
+    assert [(call, dtype) for call, dtype, _ in calls] == [
+        ("cuDriverGetVersion", "any"),
+        ("cuLaunchKernel", "any"),
+        ("cuLaunchKernelEx", "any"),
+        ("cuLaunchKernelEx twice, the second early", "any"),
+    ]
+    seen = []
+    for _, _, run in calls:
+        run()
+        seen.append(len(made.cuda.launches))
+    assert seen == [0, 1, 2, 4]
+    for launch in made.cuda.launches:
+        rows, padded_rows = launch["values"][7:9]
+        assert (launch["blocks"], launch["stream"], rows, padded_rows) == (1, 0, 0, 0)
+    assert [launch.get("attributes") for launch in made.cuda.launches] == [None, [], [], [(6, 1)]]
+    made.cuda.status = 700
+    for _, _, run in calls[1:]:
+        with pytest.raises(LibraryError, match="returned 700"):
+            run()
 
 
 def test_overhead_without_pytorch(gpu):
@@ -235,8 +280,8 @@ def test_torch_calls_compute_what_they_claim(monkeypatch):
     # A call that this PyTorch cannot make fails when it is made, not before.
     seen = []
     overhead._measure_other(
-        settings, result := new_record("overhead"), "torch._cslt_sparse_mm", "bf16", made[-1][2],
-        lambda: None, seen.append,
+        settings, result := new_record("overhead"), "torch._cslt_sparse_mm", "torch", "bf16",
+        made[-1][2], lambda: None, seen.append,
     )  # fmt: skip
     assert len(result.rows) + len(result.document["left_out"]) == 1
 

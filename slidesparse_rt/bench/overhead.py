@@ -5,19 +5,24 @@ then the GPU is waited for.  A batch is short enough that its launches fit the q
 does not hold the host up, and the problem is small.  A figure is the median (or the minimum) over
 batches of the time of one call.  Garbage collection is off meanwhile, as in ``timeit``.
 
-``SparseGemmPlan.run`` quantizes, multiplies and scales; PyTorch's own calls, measured in the same
-run for scale, only multiply operands that are quantized already.
+``SparseGemmPlan.run`` quantizes, multiplies and scales, and so does what ``SparseGemmPlan.bind``
+returns; PyTorch's own calls, measured in the same run for scale, only multiply operands that are
+quantized already.  Bare launches of a kernel that has nothing to do tell what is the driver's share
+of all that: a run of the backend "hopper" launches two kernels, the second as here.
 """
 
 from __future__ import annotations
 
 import cProfile
+import ctypes
 import gc
+import itertools
 import pstats
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +38,27 @@ from .record import FAILURES, Budget, Record, reason_of
 from .sides import DENSE, SPARSE
 from .timing import Gpu
 
-__all__ = ["LIBRARIES", "HostTime", "OverheadSettings", "host_time", "profile_rows", "run_overhead"]
+__all__ = [
+    "LIBRARIES",
+    "HostTime",
+    "OverheadSettings",
+    "driver_calls",
+    "host_time",
+    "profile_rows",
+    "run_overhead",
+]
 
 #: Libraries without which nothing can be measured.
 LIBRARIES = ("nvrtc",)
 _BF16 = "bfloat16"
 #: Rows of a profile that are kept.
 _TOP = 15
+_AUTO = "auto"
+#: What measures nothing but a launch is of no backend and no format.
+_DRIVER, _ANY = "driver", "any"
+
+#: (call, dtype, what makes it)
+_Calls = Sequence[tuple[str, str, Callable[[], object]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +69,8 @@ class OverheadSettings:
     ----------
     backends, dtypes, pattern:
         Of the plans.
+    auto:
+        Whether plans with ``backend="auto"`` are measured too.
     m, n, k:
         The problem, small.
     batches, calls:
@@ -59,6 +80,7 @@ class OverheadSettings:
     backends: tuple[str, ...] = (*SPARSE, DENSE)
     dtypes: tuple[str, ...] = ("int8", "fp8_e4m3", "bf16")
     pattern: str = "6:8"
+    auto: bool = True
     m: int = 32
     n: int = 1024
     k: int = 1024
@@ -84,6 +106,7 @@ class OverheadSettings:
             "backends": list(self.backends),
             "dtypes": list(self.dtypes),
             "pattern": self.pattern,
+            "auto": self.auto,
             "m": self.m,
             "n": self.n,
             "k": self.k,
@@ -243,12 +266,14 @@ def run_overhead(
     done: Callable[[], None],
     arrays: Any = None,
     make_plan: Callable[..., Any] | None = None,
-    others: Callable[..., Sequence[tuple[str, str, Callable[[], object]]]] | None = None,
+    others: Callable[..., _Calls] | None = None,
+    launches: Callable[[int], _Calls] | None = None,
 ) -> None:
     """Measure every call and add its rows to ``record``.
 
-    ``arrays``, ``make_plan`` and ``others`` stand in for the caller's library, SparseGemmPlan and
-    :func:`torch_calls` in tests; the rest is as for :func:`~slidesparse_rt.bench.gemm.run_gemm`.
+    ``arrays``, ``make_plan``, ``others`` and ``launches`` stand in for the caller's library,
+    SparseGemmPlan, :func:`torch_calls` and :func:`driver_calls` in tests; the rest is as for
+    :func:`~slidesparse_rt.bench.gemm.run_gemm`.
     """
     if arrays is None:
         arrays = arrays_on(gpu.index)
@@ -259,13 +284,12 @@ def run_overhead(
     w_host = rng.standard_normal((settings.n, settings.k), dtype=np.float32).astype(kind)
     drop_last(w_host, Pattern.parse(settings.pattern))
     x = arrays.array(x_host)
-    for backend in settings.backends:
-        for dtype in settings.dtypes:
-            case = f"{backend} {dtype}"
-            if budget.spent:
-                record.leave_out(case, "time budget", "no time left")
-                done()
-                continue
+    backends = (*settings.backends, *((_AUTO,) if settings.auto else ()))
+    for backend, dtype in itertools.product(backends, settings.dtypes):
+        case = f"{backend} {dtype}"
+        if budget.spent:
+            record.leave_out(case, "time budget", "no time left")
+        else:
             try:
                 _measure_plan(
                     settings, record, backend, dtype, arrays, x, x_host, w_host, gpu, say, make_plan
@@ -275,10 +299,13 @@ def run_overhead(
                 record.leave_out(case, reason, why)
                 say(f"{case}: not reported, {reason}: {why}")
             record.save()
+        if backend != _AUTO:  # whoever counts counts the backends
             done()
+    for call, dtype, run in (launches or driver_calls)(gpu.index):
+        _measure_other(settings, record, call, _DRIVER, dtype, run, arrays.wait, say)
     if arrays.name == "torch":
         for call, dtype, run in (others or torch_calls)(settings, gpu.index):
-            _measure_other(settings, record, call, dtype, run, arrays.wait, say)
+            _measure_other(settings, record, call, "torch", dtype, run, arrays.wait, say)
     else:
         record.leave_out("PyTorch's calls", "unavailable", "PyTorch with CUDA is not installed")
     record.finish()
@@ -297,42 +324,37 @@ def _measure_plan(
     say: Callable[[str], None],
     make_plan: Callable[..., Any] | None,
 ) -> None:
-    """One plan, with and without ``out=``; the output checked first."""
+    """One plan: runs with and without ``out=``, and a bound one; the output checked first."""
     from ..plan import SparseGemmPlan
 
     with (make_plan or SparseGemmPlan)(
         w_host, settings.pattern, dtype=dtype, backend=backend, device=f"cuda:{gpu.index}"
     ) as plan:
         y = plan.run(x)
-        found = arrays.host(y)
+        bound = plan.bind(x, arrays.array(np.zeros((settings.m, settings.n), x_host.dtype)))
         rows, channels = sample(settings.m, 8), sample(settings.n, 64)
         row = operand(dtype)
         sums = _BF16 if (backend, dtype) == ("cusparselt", "bf16") else "float32"
-        check_result(
-            found[np.ix_(rows, channels)],
-            exact(x_host[rows], w_host[channels], row),
-            f"{backend} {dtype}",
-            sums_type=sums,
+        wanted = exact(x_host[rows], w_host[channels], row)
+        for case, found in ((f"{backend} {dtype}", y), (f"{backend} {dtype} bound", bound())):
+            check_result(arrays.host(found)[np.ix_(rows, channels)], wanted, case, sums_type=sums)
+        calls: tuple[tuple[str, Callable[[], object]], ...] = (
+            ("SparseGemmPlan.run out=None", lambda: plan.run(x)),
+            ("SparseGemmPlan.run out=y", lambda: plan.run(x, out=y)),
+            ("SparseGemmPlan.bind, each call", bound),
         )
-        for out in (None, y):
-            times = host_time(
-                lambda out=out: plan.run(x, out=out),  # type: ignore[misc]
-                arrays.wait,
-                batches=settings.batches,
-                calls=settings.calls,
-            )
+        ran = {"ran": plan.backend_for(settings.m)} if backend == _AUTO else {}
+        for call, run in calls:
+            times = host_time(run, arrays.wait, batches=settings.batches, calls=settings.calls)
             profile = profile_rows(
-                lambda out=out: plan.run(x, out=out),  # type: ignore[misc]
+                run,
                 arrays.wait,
                 batches=max(1, settings.batches // 3),
                 calls=settings.calls,
             )
-            given = "out=None" if out is None else "out=y"
-            record.add(
-                _row(f"SparseGemmPlan.run {given}", backend, dtype, times) | {"profile": profile}
-            )
+            record.add(_row(call, backend, dtype, times) | ran | {"profile": profile})
             say(
-                f"{backend} {dtype} {given}: {times.median:.1f} us a call, at best "
+                f"{backend} {dtype} {call}: {times.median:.1f} us a call, at best "
                 f"{times.minimum:.1f} us"
             )
 
@@ -341,6 +363,7 @@ def _measure_other(
     settings: OverheadSettings,
     record: Record,
     call: str,
+    side: str,
     dtype: str,
     run: Callable[[], object],
     wait: Callable[[], object],
@@ -354,7 +377,7 @@ def _measure_other(
         record.leave_out(f"{call} {dtype}", "unavailable", f"{type(error).__name__}: {why}")
         say(f"{call} {dtype}: not available: {why}")
     else:
-        record.add(_row(call, "torch", dtype, times))
+        record.add(_row(call, side, dtype, times))
         say(f"{call} {dtype}: {times.median:.1f} us a call, at best {times.minimum:.1f} us")
     record.save()
 
@@ -376,6 +399,52 @@ def drop_last(weight: NDArray, pattern: Pattern) -> None:
     """
     for position in range(pattern.keep, pattern.group):
         weight[:, position :: pattern.group] = 0
+
+
+def driver_calls(index: int) -> list[tuple[str, str, Callable[[], object]]]:
+    """Launches of a kernel that finds nothing to do, on the legacy default stream.
+
+    Through ctypes, as plans launch: with eleven arguments, with four that stay, and two of these
+    of which the second may begin early, as the backend "hopper" launches its two kernels.  A call
+    that launches nothing tells how much of it is ctypes.
+    """
+    from ..kernels.fixed import FixedLaunch, starts_early
+    from ..kernels.launch import QUANTIZE_ARGUMENTS, Launch, Quantizer
+    from ..kernels.loader import kernels_of
+
+    kernels = kernels_of(index)
+    quantizer = Quantizer(kernels, 64, _BF16, "int8", Pattern.parse("6:8"), 96)
+    config, cuda = quantizer.config, kernels.cuda
+    shape = (1, config.threads, 1, config.shared_bytes)
+    # No rows: it reads and writes no array.
+    nothing = (*[0] * 9, 64, config.stage_bytes, config.tile)
+    packed = Launch(cuda, quantizer.kernel, QUANTIZE_ARGUMENTS)
+    fixed, early = (
+        FixedLaunch(cuda, quantizer.kernel, QUANTIZE_ARGUMENTS, shape, nothing, early=option)
+        for option in (False, starts_early(cuda))
+    )
+
+    def checked(*launches: FixedLaunch) -> Callable[[], None]:
+        def run() -> None:
+            for one in launches:
+                status = one.run()
+                if status:
+                    raise one.error(status)
+
+        return run
+
+    version = ctypes.c_int(0)
+    ask = partial(cuda.raw("cuDriverGetVersion"), ctypes.byref(version))
+    return [
+        ("cuDriverGetVersion", _ANY, ask),
+        (
+            "cuLaunchKernel",
+            _ANY,
+            lambda: packed(1, config.threads, 1, config.shared_bytes, 0, *nothing),
+        ),
+        ("cuLaunchKernelEx", _ANY, checked(fixed)),
+        ("cuLaunchKernelEx twice, the second early", _ANY, checked(fixed, early)),
+    ]
 
 
 def torch_calls(
