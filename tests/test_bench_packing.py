@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +179,15 @@ def test_packing_from_end_to_end(run, tmp_path, monkeypatch):
     code, _, err = run("bench", "packing", "--output", tmp_path / "no" / "r.json")
     assert code == 1
     assert "is no folder" in err
+
+
+def test_the_script_is_the_command(tmp_path):
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "packing.py"
+    path = tmp_path / "r.json"
+    options = ["--rows", "8", "--columns", "64", "--quick", "--output", str(path)]
+    subprocess.run([sys.executable, str(script), *options], check=True, capture_output=True)
+    command = json.loads(path.read_text())["command"]
+    assert command.startswith("python benchmarks/packing.py --rows 8")
 
 
 def test_without_pytorch_there_is_one_version_less(monkeypatch):

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 
 import slidesparse_rt as ss
-from slidesparse_rt.bench.report.page import outdated
+from slidesparse_rt.bench.report.page import outdated, own_checkout
+from slidesparse_rt.bench.report.plots import draw
 from slidesparse_rt.bench.report.results import Key, products, read_result
 from slidesparse_rt.dtypes import storage_bits
 
@@ -158,6 +160,11 @@ def test_pages_and_plots_show_the_result_files() -> None:
     shown = set(re.findall(r"\]\(plots/([^)]+)\)", page))
     assert shown == {path.name for path in (ROOT / "docs" / "plots").iterdir()}
     assert shown
+    for chart in own_checkout().charts():
+        committed = (ROOT / "docs" / "plots" / f"{chart.name}.svg").read_bytes()
+        # Another matplotlib may draw the same data a little differently.
+        if f"matplotlib {matplotlib.__version__}".encode() in committed:
+            assert draw(chart) == committed, "type: slidesparse bench report"
     result = json.loads(
         (ROOT / "benchmarks" / "results" / "packing-cpu.json").read_text(encoding="utf-8")
     )
