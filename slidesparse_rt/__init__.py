@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .bound import BoundRun as BoundRun
     from .errors import ArrayError as ArrayError
     from .errors import BackendUnavailable as BackendUnavailable
     from .errors import CaptureError as CaptureError
@@ -72,6 +73,7 @@ _HOMES = {
         ),
         "errors",
     ),
+    "BoundRun": "bound",
     "PATTERNS": "pattern",
     "Pattern": "pattern",
     "PlanOptions": "options",

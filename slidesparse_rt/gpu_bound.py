@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from .arrays import Device
+from .backends.gpu_gemm import Step
+from .backends.workspace import Workspace
 from .bound import BoundRun
 from .device_arrays import PER_THREAD_STREAM, Adapter, current_device, set_device
 from .errors import ArrayError, LibraryError
 from .kernels.loader import relaxed_capture
 
-if TYPE_CHECKING:
-    from .backends.gpu_gemm import Step
-    from .gpu_run import GpuRunner
-
-__all__ = ["NO_CONTEXT", "BoundArray", "BoundOnGpu"]
+__all__ = ["NO_CONTEXT", "BoundArray", "BoundOnGpu", "Runner"]
 
 #: CUDA_ERROR_INVALID_CONTEXT: a launch by a thread that made no call of the CUDA runtime yet.
 NO_CONTEXT = 201
+
+
+class Runner(Protocol):
+    """What a bound run needs of its plan's :class:`~slidesparse_rt.gpu_run.GpuRunner`."""
+
+    device: Device
+    workspace: Workspace
+    closed: bool
+
+    def check_open(self) -> None:
+        """Raise PlanClosed once the plan or its workspace is closed; hold the workspace's lock."""
+        ...
+
+    def chosen(self, stream: Any, current: int) -> int:
+        """The stream to launch on, once it waits for the current one."""
+        ...
 
 
 class BoundArray:
@@ -51,7 +66,7 @@ class BoundOnGpu(BoundRun):
     Parameters
     ----------
     runner:
-        Whose run it is.
+        Whose run it is: a :class:`~slidesparse_rt.gpu_run.GpuRunner`.
     x, out:
         What it reads and writes, checked.
     parts:
@@ -77,7 +92,7 @@ class BoundOnGpu(BoundRun):
 
     def __init__(
         self,
-        runner: GpuRunner,
+        runner: Runner,
         x: BoundArray,
         out: BoundArray,
         parts: tuple[tuple[Step, int, int], ...],
