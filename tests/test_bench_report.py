@@ -297,6 +297,9 @@ def test_many_patterns_have_looks_of_their_own():
     looks = plots._looks(chart)
     assert len({str(colour) for colour, _ in looks.values()}) == len(names)
     assert plots.draw(chart)
+    few = charts.SpeedChart("x", "x", ((charts.SpeedPanel("int8", lines[1:3]),),), None)
+    more = charts.SpeedChart("x", "x", ((charts.SpeedPanel("int8", lines[:4]),),), None)
+    assert plots._looks(few).items() <= plots._looks(more).items()
 
 
 def test_without_matplotlib(tmp_path, run, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -150,25 +151,9 @@ def gemm(
         seconds=seconds,
         sustained_rounds=sustained_rounds,
     )
-    settings, refused = _usable(settings, output, device, asked=bool(backends))
-    plain = settings.to_json() | {"quick": quick, "time_budget": time_budget}
-    with (
-        session("gemm", (), plain, output, device, commit, time_budget) as now,
-        progress(settings.cases) as (say, done),
-    ):
-        for name, why in refused.items():
-            now.record.leave_out(name, "unavailable", why)
-        say(_expected(settings, time_budget))
-        run_gemm(
-            now.gpu,
-            settings,
-            now.record,
-            budget=now.budget,
-            clocks=now.clocks,
-            say=say,
-            done=done,
-        )
-    finish(now.record, as_json)
+    _products(
+        "gemm", settings, run_gemm, backends, output, quick, time_budget, device, commit, as_json
+    )
 
 
 @bench.command()
@@ -230,25 +215,10 @@ def pipeline(
         seconds=seconds,
         sustained_rounds=sustained_rounds,
     )
-    settings, refused = _usable(settings, output, device, asked=bool(backends))
-    plain = settings.to_json() | {"quick": quick, "time_budget": time_budget}
-    with (
-        session("pipeline", (), plain, output, device, commit, time_budget) as now,
-        progress(settings.cases) as (say, done),
-    ):
-        for name, why in refused.items():
-            now.record.leave_out(name, "unavailable", why)
-        say(_expected(settings, time_budget))
-        run_pipeline(
-            now.gpu,
-            settings,
-            now.record,
-            budget=now.budget,
-            clocks=now.clocks,
-            say=say,
-            done=done,
-        )
-    finish(now.record, as_json)
+    _products(
+        "pipeline", settings, run_pipeline, backends, output, quick, time_budget, device, commit,
+        as_json,
+    )  # fmt: skip
 
 
 @bench.command()
@@ -359,6 +329,40 @@ def overhead(
 
 bench.command()(packing)
 bench.command()(report)
+
+
+def _products(
+    what: str,
+    settings: Settings,
+    run: Callable[..., None],
+    backends: Sequence[str] | None,
+    output: Path | None,
+    quick: bool,
+    time_budget: float | None,
+    device: int,
+    commit: str | None,
+    as_json: bool,
+) -> None:
+    """Measure with every backend that can run, of those asked for."""
+    settings, refused = _usable(settings, output, device, asked=bool(backends))
+    plain = settings.to_json() | {"quick": quick, "time_budget": time_budget}
+    with (
+        session(what, (), plain, output, device, commit, time_budget) as now,
+        progress(settings.cases) as (say, done),
+    ):
+        for name, why in refused.items():
+            now.record.leave_out(name, "unavailable", why)
+        say(_expected(settings, time_budget))
+        run(
+            now.gpu,
+            settings,
+            now.record,
+            budget=now.budget,
+            clocks=now.clocks,
+            say=say,
+            done=done,
+        )
+    finish(now.record, as_json)
 
 
 def _usable(

@@ -8,6 +8,7 @@ which version drew it.
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ __all__ = ["FORMATS", "draw", "save"]
 FORMATS = ("svg", "png")
 #: Okabe and Ito's colours, which people with colour-blind eyes tell apart, the darker ones first.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: The patterns that have them.
+_OWN_COLOURS = ("2:4", "4:6", "6:8", "8:10", "14:16", "10:12", "dense")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#666666"
 _DASHES = (0, (5, 4))
@@ -157,17 +160,18 @@ def _speed(figure: Any, chart: SpeedChart) -> None:
 
 
 def _looks(chart: SpeedChart) -> dict[str, tuple[Any, str]]:
-    """Colour and marker of each pattern; many patterns go from dark to light."""
+    """Colour and marker of each pattern, its own in every plot; many go from dark to light."""
     import matplotlib as mpl
 
     names = list(
         dict.fromkeys(line.pattern for row in chart.rows for panel in row for line in panel.lines)
     )
-    if len(names) <= len(_COLOURS):
-        return dict(zip(names, zip(_COLOURS, _MARKERS, strict=True), strict=False))
+    if set(names) <= set(_OWN_COLOURS):
+        own = dict(zip(_OWN_COLOURS, zip(_COLOURS, _MARKERS, strict=True), strict=True))
+        return {name: own[name] for name in names}
     scale = mpl.colormaps["viridis"]
     return {
-        name: (scale(0.95 * index / (len(names) - 1)), _MARKERS[index % len(_MARKERS)])
+        name: (scale(0.95 * index / max(1, len(names) - 1)), _MARKERS[index % len(_MARKERS)])
         for index, name in enumerate(names)
     }
 
@@ -205,12 +209,14 @@ def _speed_panel(
 
 
 def _token_axis(axes: Any, tokens: list[int]) -> None:
-    """M in powers of two; every second or fourth is labelled where there are many."""
+    """What was measured is labelled where it is little, else powers of two, not all if many."""
     low, high = min(tokens), max(tokens)
     axes.set_xscale("log", base=2)
+    few = sorted(set(tokens))
+    apart = all(2 * left <= right for left, right in itertools.pairwise(few))
     powers = [1 << power for power in range(0, 31) if low <= 1 << power <= high] or [low]
     step = 1 if len(powers) <= 6 else 2 if len(powers) <= 12 else 4
-    ticks = powers[::-1][::step][::-1]
+    ticks = few if len(few) <= 6 and apart else powers[::-1][::step][::-1]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("M (tokens)")
@@ -274,9 +280,9 @@ def _rates(figure: Any, chart: RateChart) -> None:
     best = max(row.copy_tb_per_s for row in chart.rows)
     axes.axvline(best, color=_GREY, linewidth=1.2)
     axes.annotate(
-        f"fastest copy of the run: {best:.2f} TB/s",
+        f"fastest copy of the run, {best:.2f} TB/s = 100 %",
         (best, 1.0),
-        (-4, 3),
+        (4, 3),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
         ha="right",
@@ -303,7 +309,7 @@ def _rates(figure: Any, chart: RateChart) -> None:
         linestyle="none",
     )
     for row, place in zip(chart.rows, places, strict=True):
-        share = 100 * row.tb_per_s / row.copy_tb_per_s
+        share = 100 * row.tb_per_s / best
         axes.annotate(
             f"{share:.0f} %",
             (best, place),
