@@ -1,4 +1,5 @@
-"""Measure what a call of SparseGemmPlan.run costs on the host, and where that time goes.
+"""Measure what runs of a SparseGemmPlan, bound ones and bare launches cost on the host, and where
+that time goes.
 
 The same as ``slidesparse bench overhead --profile``; it takes that command's options
 (``--help`` lists them) and needs a GPU.
