@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -307,3 +309,19 @@ def test_structures_are_laid_out_as_the_header_says(tmp_path: Any) -> None:
 def test_the_public_module_is_not_jax() -> None:
     assert ss.jax is slidesparse_rt.jax
     assert slidesparse_rt.jax is not jax
+
+
+def test_the_page_quotes_its_result_file() -> None:
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    result = json.loads((root / "benchmarks" / "results" / "jax-call-cpu.json").read_text())
+    cases: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in result["results"]:
+        cases.setdefault((row["tokens"], row["n"], row["k"]), {})[row["version"]] = row
+    for (tokens_, n, k), row in cases.items():
+        alone = row.pop("plan.run on NumPy")["median_us"]
+        above = [
+            f"+{row[name]['above_the_plan_us']:,.0f} us"
+            for name in ("eager, DLPack", "jit, FFI", "jit, pure_callback")
+        ]
+        assert f"| {tokens_:,}, {n} x {k} | {alone:,.0f} us | {' | '.join(above)} |" in page
