@@ -37,27 +37,18 @@ class Runner(Protocol):
 class BoundArray:
     """An array that is read or written where it lay when it was bound.
 
-    ``stride`` counts elements from row to row.
+    ``stride`` counts elements from row to row; ``pointer`` reads where the array lies now, where
+    that can change.
     """
 
-    __slots__ = ("_pointer", "adapter", "address", "array", "stride")
+    __slots__ = ("adapter", "address", "array", "pointer", "stride")
 
     def __init__(self, array: Any, adapter: Adapter, address: int, stride: int) -> None:
         self.array = array
         self.adapter = adapter
-        self._pointer = adapter.pointer
+        self.pointer = adapter.pointer
         self.address = address
         self.stride = stride
-
-    def check(self, what: str) -> None:
-        """Raise ArrayError if the array lies elsewhere by now.
-
-        A tensor's memory can be exchanged (``resize_``, ``set_``, ``.data``), and freed then.
-        """
-        if self._pointer is not None and self._pointer(self.array) != self.address:
-            raise ArrayError(
-                f"{what} lies elsewhere in memory than when it was bound; bind it again"
-            )
 
 
 class BoundOnGpu(BoundRun):
@@ -111,8 +102,11 @@ class BoundOnGpu(BoundRun):
 
     def __call__(self) -> Any:
         """See :meth:`BoundRun.__call__`."""
-        self._x.check("x")
-        self._out.check("out")
+        x, out = self._x, self._out
+        if (x.pointer is not None and x.pointer(self.x) != x.address) or (
+            out.pointer is not None and out.pointer(self.out) != out.address
+        ):
+            raise self._moved()
         device = self._device
         index = device.index
         before = current_device()
@@ -131,12 +125,18 @@ class BoundOnGpu(BoundRun):
                 set_device(index)
                 self._launch(pointer)
             if pointer != current:
-                self._x.adapter.share(self.x, pointer, device)
-                self._out.adapter.share(self.out, pointer, device)
+                x.adapter.share(self.x, pointer, device)
+                out.adapter.share(self.out, pointer, device)
         finally:
             if before != index:
                 set_device(before)
         return self.out
+
+    def _moved(self) -> ArrayError:
+        """The error for memory that was exchanged (by ``resize_``, ``set_``, ``.data``)."""
+        x = self._x
+        what = "out" if x.pointer is None or x.pointer(self.x) == x.address else "x"
+        return ArrayError(f"{what} lies elsewhere in memory than when it was bound; bind it again")
 
     def _launch(self, stream: int) -> None:
         runner = self._runner
