@@ -312,6 +312,27 @@ def test_what_runs_can_be_set_for_a_whole_model() -> None:
         model(x)
 
 
+def test_plans_of_former_settings_are_let_go(entries: Any) -> None:
+    parts = torch.nn.ModuleList([layer(0), layer(1)])
+    x = tokens(3, K)
+    for one in parts:
+        one(x)
+    assert len(entries) == 2
+    configure(parts, backend="reference")
+    assert not entries
+    for one in parts:
+        one(x)
+    fuse(*parts)
+    assert not entries
+    parts[0](x)
+    assert len(entries) == 1
+    configure(parts)
+    assert not entries
+    parts[1](x)
+    parts.to("meta")
+    assert not entries
+
+
 class TestFused:
     """Layers with the same input."""
 

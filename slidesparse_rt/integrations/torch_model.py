@@ -51,7 +51,7 @@ def fuse(*layers: SlideSparseLinear) -> None:
                 )
     shared = Shared(layers)
     for place, one in enumerate(layers):
-        one.restore_weight()
+        one._forget()
         one._shared, one._place = shared, place
 
 
@@ -119,5 +119,5 @@ def configure(
     when a plan is made.
     """
     for _, layer in layers_of(model):
-        layer.restore_weight()
+        layer._forget()
         layer._set_backend(backend, tuning, options)

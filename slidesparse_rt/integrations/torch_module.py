@@ -19,7 +19,7 @@ from ..tuning.select import check_tuning
 from ..weights import prune
 from .require import require
 from .torch_call import Shared, arguments, product
-from .torch_op import encode_options, plan_for, restamp
+from .torch_op import encode_options, forget, plan_for, restamp
 
 torch = require("torch", "torch", (2, 4))
 
@@ -308,6 +308,12 @@ class SlideSparseLinear(torch.nn.Module):  # type: ignore[misc,name-defined]  # 
         self.tuning = tuning
         self.options = options
         self._settings = (self._pattern.name, backend, tuning, encode_options(options))
+
+    def _forget(self) -> None:
+        """Let go of the plans that the present buffers and settings have."""
+        self.restore_weight()
+        forget(*arguments((self,)))
+        forget(*arguments(self._members()))
 
     def _members(self) -> tuple[SlideSparseLinear, ...]:
         return (self,) if self._shared is None else self._shared.layers

@@ -28,7 +28,16 @@ from .require import require
 
 torch = require("torch", "torch", (2, 4))
 
-__all__ = ["decode_options", "encode_options", "linear", "operand_of", "plan_for", "restamp", "run"]
+__all__ = [
+    "decode_options",
+    "encode_options",
+    "forget",
+    "linear",
+    "operand_of",
+    "plan_for",
+    "restamp",
+    "run",
+]
 
 # Tensors of several layers make one product: their outputs stand side by side.
 _SCHEMA = (
@@ -155,6 +164,18 @@ def plan_for(
                 ),
             )
         return made[1]
+
+
+def forget(
+    weights: Sequence[Any],
+    weight_scales: Sequence[Any],
+    biases: Sequence[Any],
+    input_scale: Any,
+    *settings: str,
+) -> None:
+    """Let go of the plan of these tensors with these settings, if there is one."""
+    tensors = _tensors(weights, weight_scales, biases, input_scale)
+    _ENTRIES.pop((*settings, *map(id, tensors)), None)
 
 
 def restamp(

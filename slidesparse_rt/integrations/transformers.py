@@ -179,19 +179,19 @@ class SlideSparseQuantizer(HfQuantizer):  # type: ignore[misc]  # seen as Any
 
     def _process_model_after_weight_loading(self, model: Any, **details: Any) -> Any:
         del details
+        kind = getattr(model.config, "model_type", None)
+        if self.quantization_config.fuse and kind in _FUSED_MODELS:
+            _fuse_groups(model)
         for name, layer in layers_of(model):
-            where = layer.weight.device.type
+            if layer.weight.device.type == "meta":
+                continue  # offloaded
             try:
-                if where == "cuda":
+                layer.sparse_weight()
+                if layer.weight.device.type == "cuda":
                     layer.plan()
-                elif where == "cpu":
-                    layer.sparse_weight()
             except SlideSparseError as error:
                 error.args = (f"{name}: {error}", *error.args[1:])
                 raise
-        kinds = {getattr(model.config, "model_type", None)}
-        if self.quantization_config.fuse and kinds <= set(_FUSED_MODELS):
-            _fuse_groups(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
