@@ -179,9 +179,17 @@ def test_a_stream_that_is_given_waits_for_the_current_one(machine: Machine) -> N
     machine.current_stream = 50
     bound()
     assert machine.ordered == [(STREAM, 50)]
+    runner = machine.runner()
+    x, y = arrays()
+    follows = runner.bind(x, None, y, None)
+    runner.run(x, None, y, None)
+    machine.taken()
     machine.current_stream = 2
-    with pytest.raises(ss.OptionError, match="per-thread default stream"):
-        bound()
+    calls: list[Any] = [bound, follows, lambda: runner.run(x, None, y, None)]
+    for call in calls:
+        with pytest.raises(ss.OptionError, match="per-thread default stream"):
+            call()
+    assert machine.taken() == []
 
 
 def test_capture(machine: Machine) -> None:
@@ -351,8 +359,12 @@ def test_arrays_that_order_streams_when_they_are_read(
     )
     stranger = SimpleNamespace()
     monkeypatch.setattr(gpu_run, "adapter_of", lambda array: other if array is stranger else real)
+    runner.bind(x, None, y, None)  # makes the workspace, and waits for that
+    machine.gpu.done.clear()
+    runner.bind(x, None, y, None)
+    assert machine.gpu.done == []
     bound = runner.bind(stranger, None, y, None)
-    assert ("synchronize", STREAM) in machine.gpu.done
+    assert machine.gpu.done == [("synchronize", STREAM)]
     bound()
     assert machine.taken()[0]["values"][0] == x.data_ptr()
     assert bound._kept[1] is owner  # type: ignore[attr-defined]
@@ -389,6 +401,41 @@ def test_runs_follow_what_changes(machine: Machine) -> None:
     made = len(machine.driver.maps)
     runner.run(xs[0], None, ys[0], None)
     assert len(machine.driver.maps) == made
+
+
+def test_addresses_are_checked_each_time(machine: Machine) -> None:
+    """Arrays of kinds that are known already may still be in each other's way, or nowhere."""
+    runner = machine.runner()
+    x, y = arrays()
+    runner.run(x, None, y, None)
+    runner.run(x, None, None, None)
+    machine.taken()
+    whole = torch.zeros(5 * (K + N), dtype=torch.bfloat16)
+    first, last = whole[: 5 * K].view(5, K), whole[5 * K :].view(5, N)
+    runner.run(first, None, last, None)
+    assert entries(machine.taken()) == BOTH
+    for start in (0, 8, 5 * K - 8):
+        with pytest.raises(ss.ArrayError, match="out lies in the address range of x"):
+            runner.run(first, None, whole[start : start + 5 * N].view(5, N), None)
+    x.untyped_storage().resize_(0)
+    for out in (y, None):
+        with pytest.raises(ss.ArrayError, match="x has no memory"):
+            runner.run(x, None, out, None)
+    assert machine.taken() == []
+    assert len(runner._routes) == 2
+
+
+def test_each_thread_has_steps_of_its_own(machine: Machine) -> None:
+    """Library handles belong to threads, and so does what is made with them."""
+    runner = machine.runner()
+    x, y = arrays()
+    for _ in range(2):
+        runner.run(x, None, y, None)
+        thread = threading.Thread(target=runner.run, args=(x, None, y, None))
+        thread.start()
+        thread.join()
+    (route,) = runner._routes.values()
+    assert len(set(route.steps.values())) == len(route.steps) > 1
 
 
 def test_a_scale_that_is_given_reaches_the_kernel(machine: Machine) -> None:
