@@ -400,6 +400,33 @@ class TestFused:
             one.join()
         assert not wrong
 
+    def test_threads_that_take_turns_compute_once_each(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        runs: list[int] = []
+        real = ss.SparseGemmPlan.run
+        monkeypatch.setattr(
+            ss.SparseGemmPlan, "run", lambda plan, x: (runs.append(1), real(plan, x))[1]
+        )
+        made = self.group()
+        mine, other = tokens(3, K, seed=3), tokens(3, K, seed=4)
+        first, second = threading.Event(), threading.Event()
+
+        def work() -> None:
+            first.wait()
+            made[0](other)
+            second.set()
+            made[1](other)
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        made[0](mine)
+        first.set()
+        second.wait()
+        made[1](mine)
+        worker.join()
+        assert len(runs) == 2
+
     @pytest.mark.parametrize("again", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
     def test_copies_are_fused_among_themselves(self, again: Any) -> None:
         made = self.group()
