@@ -19,7 +19,7 @@ from ..tuning.select import check_tuning
 from ..weights import prune
 from .require import require
 from .torch_call import Shared, arguments, product
-from .torch_op import encode_options, forget, plan_for, restamp
+from .torch_op import encode_options, forget, plan_for, same_values
 
 torch = require("torch", "torch", (2, 4))
 
@@ -269,24 +269,29 @@ class SlideSparseLinear(torch.nn.Module):  # type: ignore[misc,name-defined]  # 
     def release_weight(self) -> None:
         """Keep the values in host memory only, once they are packed on the GPU.
 
-        ``weight`` keeps its shape and has no memory; ``state_dict()``, copies and moves read the
-        values from the host.  Nothing changes on the CPU, where the plan shares the buffer.
+        ``weight`` keeps its shape and has no memory, nor have tensors that shared it: reading it
+        then is an illegal memory access, which PyTorch does not check.  ``state_dict()``, copies,
+        moves and :meth:`sparse_weight` read the values from the host.  Nothing changes on the CPU,
+        where the plan shares the buffer.
         """
         if self.weight.device.type != "cuda" or self._released is not None:
             return
+        storage = self.weight.untyped_storage()
+        if storage.nbytes() != self.weight.nbytes or not storage.resizable():
+            self.weight = self.weight.clone()  # its memory was not this layer's alone
         self.plan()
-        self._released = self.weight.cpu()
-        self.weight.untyped_storage().resize_(0)
-        restamp(*arguments(self._members()))
+        with same_values(*arguments(self._members())):
+            self._released = self.weight.cpu()
+            self.weight.untyped_storage().resize_(0)
 
     def restore_weight(self) -> None:
         """Undo :meth:`release_weight`."""
         if self._released is None:
             return
-        values, self._released = self._released, None
-        self.weight.untyped_storage().resize_(values.untyped_storage().nbytes())
-        self.weight.copy_(values)
-        restamp(*arguments(self._members()))
+        with same_values(*arguments(self._members())):
+            values, self._released = self._released, None
+            self.weight.untyped_storage().resize_(values.nbytes)
+            self.weight.copy_(values)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""

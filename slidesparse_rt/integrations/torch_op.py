@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -35,8 +36,8 @@ __all__ = [
     "linear",
     "operand_of",
     "plan_for",
-    "restamp",
     "run",
+    "same_values",
 ]
 
 # Tensors of several layers make one product: their outputs stand side by side.
@@ -178,18 +179,22 @@ def forget(
     _ENTRIES.pop((*settings, *map(id, tensors)), None)
 
 
-def restamp(
+@contextmanager
+def same_values(
     weights: Sequence[Any],
     weight_scales: Sequence[Any],
     biases: Sequence[Any],
     input_scale: Any,
     *settings: str,
-) -> None:
-    """Take the tensors' present state for that which their plan was made of."""
+) -> Iterator[None]:
+    """Within it these tensors' memory may move, and their plan stays; not one that is outdated."""
     tensors = _tensors(weights, weight_scales, biases, input_scale)
     entry = _ENTRIES.get((*settings, *map(id, tensors)))
-    if entry is not None and entry.made is not None:
-        entry.made = (_state(tensors), entry.made[1])
+    made = None if entry is None else entry.made
+    current = made is not None and made[0] == _state(tensors)
+    yield
+    if entry is not None and made is not None and current:
+        entry.made = (_state(tensors), made[1])
 
 
 def _made(

@@ -124,8 +124,8 @@ def runtime_config(
 class SlideSparseQuantizer(HfQuantizer):  # type: ignore[misc]  # seen as Any
     """Puts :class:`~slidesparse_rt.torch.SlideSparseLinear` layers into a model before it loads.
 
-    Every value is checked as it is loaded: files that lack a layer's values or scales, and weights
-    that do not fit their pattern, raise FormatError.
+    Every layer is checked as it is loaded: files that lack its values or scales raise FormatError,
+    weights that do not fit their pattern PatternError, scales out of range NonFiniteError.
     """
 
     requires_calibration = False

@@ -189,6 +189,19 @@ def test_released_weights(together):
     assert_same(to_host(moved[0](x.cpu()).contiguous()), expected[0])
 
 
+def test_a_bias_that_is_written_while_the_weight_is_released():
+    made = layer().cuda()
+    x = tokens(M)
+    first = to_host(made(x))
+    made.release_weight()
+    made.bias.zero_()
+    with pytest.raises(ss.DeviceError, match="restore_weight"):
+        made(x)
+    made.restore_weight()
+    assert_same(to_host(made(x)), on_cpu(made, x))
+    assert not np.array_equal(to_host(made(x)), first)
+
+
 class Block(torch.nn.Module):
     """Two fused layers, and one that takes their outputs."""
 
