@@ -5,6 +5,9 @@ of host time.  Calls take device addresses and the stream as integers; they neit
 synchronize, so they can be captured in a CUDA graph.  The launcher's device must be current in the
 calling thread, and every array must be on it.  Launchers may be shared between threads.
 
+What is launched again and again on the same memory is made by ``fixed()`` and costs less; that is
+for one thread at a time (:mod:`slidesparse_rt.kernels.fixed`).
+
 docs/kernels.md says what each kernel computes and how many bytes it moves.
 """
 
