@@ -77,6 +77,11 @@ class SlideSparseLinear(torch.nn.Module):  # type: ignore[misc,name-defined]  # 
     layer has a weight of zeros.
     """
 
+    weight: Any
+    weight_scale: Any
+    bias: Any
+    input_scale: Any
+
     def __init__(
         self,
         in_features: int,
