@@ -19,6 +19,7 @@ from ..errors import LibraryError
 from .loader import Cuda, Kernel
 
 __all__ = [
+    "AimedLaunch",
     "FixedDequantize",
     "FixedLaunch",
     "FixedQuantize",
@@ -173,69 +174,83 @@ class FixedLaunch:
         return self._cuda.error("cuLaunchKernelEx", status, ())
 
 
-class FixedQuantize:
-    """Quantizes rows to one place; for one thread at a time.
+class AimedLaunch:
+    """A launch of which one array, by address and stride, and the stream change from call to call.
+
+    For one thread at a time.
+
+    Parameters
+    ----------
+    launch:
+        The launch, before it is aimed at an array for the first time.
+    """
+
+    __slots__ = ("_address", "_launch", "_stride")
+
+    def __init__(self, launch: FixedLaunch) -> None:
+        self._launch = launch
+        self._address = self._stride = -1  # no address
+
+    def launch(self, address: int, stride: int, stream: int) -> None:
+        """Launch for the array at ``address`` with ``stride`` elements from row to row.
+
+        Raises LibraryError if the driver refuses it.
+        """
+        if address != self._address or stride != self._stride:
+            self._address = -1  # until everything is in place
+            self._launch = self._aimed(address, stride)
+            self._address, self._stride = address, stride
+        launch = self._launch
+        if stream != launch.stream:
+            launch.set_stream(stream)
+        status = launch.run()
+        if status:
+            raise launch.error(status)
+
+    def _aimed(self, address: int, stride: int) -> FixedLaunch:
+        """The launch, with the array in its arguments."""
+        raise NotImplementedError
+
+
+class FixedQuantize(AimedLaunch):
+    """Quantizes rows, its array, to one place.
 
     :meth:`~slidesparse_rt.kernels.launch.Quantizer.fixed` makes it.
     """
 
-    __slots__ = ("_access", "_any", "_fast", "_launch", "_size", "_stride", "_x")
+    __slots__ = ("_access", "_any", "_fast", "_size")
 
     def __init__(self, fast: FixedLaunch, anything: FixedLaunch, access: int, size: int) -> None:
+        super().__init__(fast)
         self._fast, self._any = fast, anything
         self._access, self._size = access, size
-        self._launch = fast
-        self._x = self._stride = -1  # no address
 
-    def launch(self, x: int, x_stride: int, stream: int) -> None:
-        """Launch for x at ``x`` with ``x_stride`` elements from row to row."""
-        if x != self._x or x_stride != self._stride:
-            self._aim(x, x_stride)
-        launch = self._launch
-        if stream != launch.stream:
-            launch.set_stream(stream)
-        status = launch.run()
-        if status:
-            raise launch.error(status)
-
-    def _aim(self, x: int, x_stride: int) -> None:
-        pitch = x_stride * self._size
-        if x_stride != self._stride:
+    def _aimed(self, address: int, stride: int) -> FixedLaunch:
+        pitch = stride * self._size
+        if stride != self._stride:
             for launch in (self._fast, self._any):
                 launch.set_argument(1, pitch)
-            self._stride = x_stride
-        launch = self._launch = self._any if (x | pitch) % self._access else self._fast
-        launch.words[0] = self._x = x
+        launch = self._any if (address | pitch) % self._access else self._fast
+        launch.words[0] = address
+        return launch
 
 
-class FixedDequantize:
-    """Dequantizes from one place; for one thread at a time.
+class FixedDequantize(AimedLaunch):
+    """Dequantizes from one place into its array.
 
     :meth:`~slidesparse_rt.kernels.launch.Dequantizer.fixed` makes it.
     """
 
-    __slots__ = ("_align", "_any", "_fast", "_launch", "_out", "_size", "_stride")
+    __slots__ = ("_align", "_any", "_fast", "_size")
 
     def __init__(self, fast: FixedLaunch, anything: FixedLaunch, align: int, size: int) -> None:
+        super().__init__(fast)
         self._fast, self._any = fast, anything
         self._align, self._size = align, size
-        self._launch = fast
-        self._out = self._stride = -1  # no address
 
-    def launch(self, out: int, out_stride: int, stream: int) -> None:
-        """Launch into ``out`` with ``out_stride`` elements from row to row."""
-        if out != self._out or out_stride != self._stride:
-            self._aim(out, out_stride)
-        launch = self._launch
-        if stream != launch.stream:
-            launch.set_stream(stream)
-        status = launch.run()
-        if status:
-            raise launch.error(status)
-
-    def _aim(self, out: int, out_stride: int) -> None:
-        odd = (out | out_stride * self._size) % self._align
-        launch = self._launch = self._any if odd else self._fast
-        launch.set_argument(2, out)
-        launch.set_argument(3, out_stride)
-        self._out, self._stride = out, out_stride
+    def _aimed(self, address: int, stride: int) -> FixedLaunch:
+        odd = (address | stride * self._size) % self._align
+        launch = self._any if odd else self._fast
+        launch.set_argument(2, address)
+        launch.set_argument(3, stride)
+        return launch

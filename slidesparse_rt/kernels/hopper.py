@@ -11,7 +11,7 @@ import ctypes
 from ..dtypes import array_type, operand
 from ..errors import OptionError, ShapeError
 from . import catalog
-from .fixed import FixedLaunch, starts_early
+from .fixed import AimedLaunch, FixedLaunch, starts_early
 from .geometry import MAX_INT
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES
 from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, MOST_SPLITS, HopperConfig, tiling
@@ -240,46 +240,33 @@ class HopperGemm:
         return (_ONE_BY_ONE if (out | width) % (4 * size) else _SIDE_BY_SIDE), None
 
 
-class FixedGemm:
-    """A product of operands that stay where they are; for one thread at a time.
+class FixedGemm(AimedLaunch):
+    """A product of operands that stay where they are; its array is the result.
 
     :meth:`HopperGemm.fixed` makes it; products made from one HopperGemm are for one thread at a
     time together.
     """
 
-    __slots__ = ("_gemm", "_launch", "_maps", "_out", "_stride")
+    __slots__ = ("_gemm", "_maps")
 
     def __init__(self, gemm: HopperGemm, launch: FixedLaunch, token_map: _TensorMap) -> None:
+        super().__init__(launch)
         self._gemm = gemm
-        self._launch = launch
         self._maps = (token_map, token_map)  # kept alive for the driver to read
         launch.set_map(0, token_map.location)
-        self._out = self._stride = -1  # no address
 
-    def launch(self, out: int, out_stride: int, stream: int) -> None:
-        """Launch into ``out`` with ``out_stride`` elements from row to row."""
-        if out != self._out or out_stride != self._stride:
-            self._aim(out, out_stride)
-        launch = self._launch
-        if stream != launch.stream:
-            launch.set_stream(stream)
-        status = launch.run()
-        if status:
-            raise launch.error(status)
-
-    def _aim(self, out: int, out_stride: int) -> None:
-        storing, out_map = self._gemm.storing(out, out_stride)
-        self._out = -1  # until everything is in place
+    def _aimed(self, address: int, stride: int) -> FixedLaunch:
+        storing, out_map = self._gemm.storing(address, stride)
         token_map = self._maps[0]
         if out_map is None:
             out_map = token_map  # anything, where none is used
         self._maps = (token_map, out_map)
         launch = self._launch
         launch.set_map(1, out_map.location)
-        launch.set_argument(_OUT, out)
-        launch.set_argument(_OUT_STRIDE, out_stride)
+        launch.set_argument(_OUT, address)
+        launch.set_argument(_OUT_STRIDE, stride)
         launch.set_argument(_STORING, storing)
-        self._out, self._stride = out, out_stride
+        return launch
 
 
 def pack_weights(
