@@ -37,7 +37,8 @@ from slidesparse_rt.ffi.libraries import load  # noqa: E402
 from slidesparse_rt.kernels import catalog  # noqa: E402
 from slidesparse_rt.kernels.compiler import Nvrtc  # noqa: E402
 from slidesparse_rt.kernels.geometry import quantize_config  # noqa: E402
-from slidesparse_rt.kernels.launch import Dequantizer, Quantizer, WeightKernels  # noqa: E402
+from slidesparse_rt.kernels.launch import Dequantizer, Quantizer  # noqa: E402
+from slidesparse_rt.kernels.weight_launch import WeightKernels  # noqa: E402
 from slidesparse_rt.pattern import Pattern  # noqa: E402
 
 TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -117,7 +117,7 @@ def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device
     from .backends.gpu_device import gpu_device, working_on
     from .backends.gpu_weight import refuse_capture, refuse_nonfinite_on_device, view_weight
     from .device_arrays import adapter_of
-    from .kernels.launch import weight_kernels
+    from .kernels.weight_launch import weight_kernels
 
     gpu, adapter = gpu_device(device.index), adapter_of(weight)
     with working_on(device.index):

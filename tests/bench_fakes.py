@@ -17,6 +17,7 @@ from slidesparse_rt.bench import clocks, gemm, quantize, record, shapes, timing
 from slidesparse_rt.bench.record import Budget, Record
 from slidesparse_rt.dtypes import array_type
 from slidesparse_rt.kernels import launch as launch_module
+from slidesparse_rt.kernels import weight_launch
 from slidesparse_rt.kernels.hopper_tiles import HOPPER_COUNTERS
 from slidesparse_rt.packing import prune
 from slidesparse_rt.packing import quantize as quantize_weight
@@ -368,7 +369,7 @@ def make_plans(cuda, gpu, monkeypatch):
             cuda.enqueue(work, 3.0)
 
     monkeypatch.setattr(
-        launch_module, "weight_kernels", lambda device, dtype, pattern: Pruner(pattern)
+        weight_launch, "weight_kernels", lambda device, dtype, pattern: Pruner(pattern)
     )
     return Plan
 

@@ -25,9 +25,9 @@ from slidesparse_rt.kernels.hopper import _GEMM_ARGUMENTS, HOPPER_PACK_ARGUMENTS
 from slidesparse_rt.kernels.launch import (
     DEQUANTIZE_ARGUMENTS,
     QUANTIZE_ARGUMENTS,
-    WEIGHT_ARGUMENTS,
 )
 from slidesparse_rt.kernels.loader import DeviceLimits, Kernel
+from slidesparse_rt.kernels.weight_launch import WEIGHT_ARGUMENTS
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 _FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-w")

@@ -17,7 +17,8 @@ from slidesparse_rt.dtypes import SCALE_FLOOR, array_type, operand
 from slidesparse_rt.kernels.geometry import quantize_config
 from slidesparse_rt.kernels.hopper import pack_weights
 from slidesparse_rt.kernels.hopper_layout import pack, unpack
-from slidesparse_rt.kernels.launch import Dequantizer, Findings, Quantizer, WeightKernels
+from slidesparse_rt.kernels.launch import Dequantizer, Quantizer
+from slidesparse_rt.kernels.weight_launch import Findings, WeightKernels
 from slidesparse_rt.packing.prune import prune
 from slidesparse_rt.packing.quantize import quantize, quantize_tokens
 from slidesparse_rt.packing.slide import lift_rows, slide_rows

@@ -14,7 +14,7 @@ from ..arrays import Device, NDArray, device_of, refuse_shape, to_numpy
 from ..device_arrays import DeviceArray, adapter_of, order_streams
 from ..dtypes import ARRAY_TYPES, ArrayType, Operand
 from ..errors import ArrayError, CaptureError, NonFiniteError
-from ..kernels.launch import Findings, WeightKernels, weight_kernels
+from ..kernels.weight_launch import Findings, WeightKernels, weight_kernels
 from ..packing.check import PatternReport, refuse_misfit, refuse_nonfinite
 from ..packing.weight import SparseWeight, refuse_length
 from ..pattern import Pattern

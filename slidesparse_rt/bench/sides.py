@@ -274,7 +274,7 @@ def _sums_type(weights: Sequence[Any]) -> str:
 
 def make_weights(gpu: Gpu, layers: Sequence[Layer], pattern: Pattern) -> list[Memory]:
     """Random bf16 weights (N, K) on the GPU, pruned there by magnitude."""
-    from ..kernels.launch import weight_kernels
+    from ..kernels.weight_launch import weight_kernels
 
     kernels = weight_kernels(gpu.device, BF16, pattern)
     made: list[Memory] = []
