@@ -131,6 +131,10 @@ class Decoder:
 
     def prefill(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Logits (B, vocabulary) of the last of ids (B, S); keys and values go to ``cache``."""
+        return F.linear(self.hidden(ids, cache)[:, -1], self.head)
+
+    def hidden(self, ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """What :meth:`prefill` has before the head, of every token: (B, S, C)."""
         batch, length = ids.shape
         tables = self.cosines[:length], self.sines[:length]
 
@@ -138,20 +142,6 @@ class Decoder:
             if cache is not None:
                 cache.memory[block, 0, :, :, :length] = k.transpose(1, 2)
                 cache.memory[block, 1, :, :, :length] = v.transpose(1, 2)
-            parts = (part.transpose(1, 2) for part in (q, k, v))
-            found = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-            return found.transpose(1, 2)
-
-        x = self._run(ids, tables, attention)
-        return F.linear(x.view(batch, length, -1)[:, -1], self.head)
-
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """What :meth:`prefill` has before the head, of every token: (B, S, C)."""
-        batch, length = ids.shape
-        tables = self.cosines[:length], self.sines[:length]
-
-        def attention(block: int, q: Any, k: Any, v: Any) -> torch.Tensor:
-            del block
             parts = (part.transpose(1, 2) for part in (q, k, v))
             found = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
             return found.transpose(1, 2)

@@ -25,8 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +137,6 @@ def plan_side(
     return side
 
 
-@contextmanager
-def pruned(
-    weights: Sequence[dict[str, torch.Tensor]], pattern: str, blocks: int
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The first ``blocks`` blocks pruned."""
-    made = [
-        {key: torch.as_tensor(ss.prune(w, pattern)) for key, w in block.items()}
-        for block in weights[:blocks]
-    ]
-    yield made
-    made.clear()
-
-
 class Runner:
     """Captures and times passes on one GPU."""
 
@@ -220,10 +206,10 @@ def check(side: Side, weights: Any, pattern: str, sizes: Sizes, tables: Any) -> 
 
     SystemExit where they are not alike.
     """
-    few = Sizes(**{name: getattr(sizes, name) for name in sizes.__slots__} | {"blocks": 2})
+    few = replace(sizes, blocks=2)
     ids = torch.arange(96, device=tables[0].device).view(2, 48) * 7 % sizes.vocabulary
-    with pruned(weights, pattern, 2) as same:
-        wanted = Decoder(few, bf16_side(same).linears, *tables, longest=64).prefill(ids)
+    same = [{key: ss.prune(w, pattern) for key, w in block.items()} for block in weights[:2]]
+    wanted = Decoder(few, bf16_side(same).linears, *tables, longest=64).prefill(ids)
     found = Decoder(few, side.linears[:2], *tables, longest=64).prefill(ids)
     alike = cosine(found, wanted)
     if alike < LEAST_COSINE:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -263,6 +263,11 @@ def writable_numpy(out: Any, shape: tuple[int, ...], dtype: ArrayType, x: NDArra
     return view
 
 
+def refuse_out_gradient() -> NoReturn:
+    """Raise ArrayError for an ``out`` that requires a gradient."""
+    raise ArrayError("out requires a gradient, and this product has none; pass out.detach()")
+
+
 def _refuse_copy(out: Any) -> None:
     """Raise where NumPy's view is not the caller's memory, or where autograd would not notice."""
     library = library_of(out)
@@ -272,9 +277,7 @@ def _refuse_copy(out: Any) -> None:
         )
     if library == "torch":
         if out.requires_grad:
-            raise ArrayError(
-                "out requires a gradient, and this product has none; pass out.detach()"
-            )
+            refuse_out_gradient()
         if out.is_neg():
             raise ArrayError("out is a lazily negated view; pass out.resolve_neg()")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any
 
-from .arrays import Device, device_of, library_of_type, refuse_autograd
+from .arrays import Device, device_of, library_of_type, refuse_autograd, refuse_out_gradient
 from .backends import Problem
 from .backends.gpu_device import gpu_device, is_capturing, working_on
 from .backends.gpu_gemm import GpuPrepared, Step
@@ -166,9 +166,7 @@ class GpuRunner:
                 key = (adapter.signature(x), name)
         else:
             if getattr(out, "requires_grad", False):
-                raise ArrayError(
-                    "out requires a gradient, and this product has none; pass out.detach()"
-                )
+                refuse_out_gradient()
             theirs = self._adapters.get(type(out)) or self._adapter(out)
             if theirs is adapter and adapter.signature is not None:
                 key = (adapter.signature(x, out), name)
@@ -217,9 +215,7 @@ class GpuRunner:
         if getattr(x, "requires_grad", False):
             refuse_autograd(x)
         if out is not None and getattr(out, "requires_grad", False):
-            raise ArrayError(
-                "out requires a gradient, and this product has none; pass out.detach()"
-            )
+            refuse_out_gradient()
         adapter = self._adapter(x)
         same_device(device_of(x, "x"), self.device, "x")
         if out is None and not adapter.writable:

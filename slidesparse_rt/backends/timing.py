@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..device_arrays import cupy_stream
 from ..errors import LibraryError
 
-__all__ = ["fastest"]
+__all__ = ["captured", "fastest"]
+
+
+def captured(stream: Any, work: Callable[[], None]) -> Any:
+    """What ``work`` launches on CuPy's ``stream``, as a graph that is ready on the device."""
+    with stream:
+        stream.begin_capture()
+        try:
+            work()
+        except BaseException:
+            # The capture has to end, and what went wrong in it matters more.
+            with contextlib.suppress(Exception):
+                stream.end_capture()
+            raise
+        graph = stream.end_capture()
+        graph.upload(stream)
+    return graph
 
 
 def fastest(

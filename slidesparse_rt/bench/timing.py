@@ -30,6 +30,7 @@ import numpy as np
 
 from ..arrays import Device, NDArray
 from ..backends.machine import gpu_refusal
+from ..backends.timing import captured
 from ..device_arrays import on_device
 from ..dtypes import ARRAY_TYPES, array_type
 from ..errors import BackendUnavailable
@@ -215,18 +216,8 @@ class Gpu:
 
     def capture(self, work: Callable[[], None]) -> Graph:
         """What ``work`` launches on the stream, as a graph."""
-        with self.active():
-            self._stream.begin_capture()
-            try:
-                work()
-            except BaseException:
-                # The capture has to end, and what went wrong in it matters more.
-                with contextlib.suppress(Exception):
-                    self._stream.end_capture()
-                raise
-            graph = self._stream.end_capture()
-            graph.upload(self._stream)
-        return _Captured(graph, self._stream)
+        with on_device(self.index):
+            return _Captured(captured(self._stream, work), self._stream)
 
     def event(self) -> Any:
         """Mark the stream's present end."""

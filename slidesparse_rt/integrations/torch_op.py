@@ -285,9 +285,7 @@ def linear(
 ) -> Any:
     """What the operator computes; see :meth:`slidesparse_rt.SparseGemmPlan.run`."""
     plan = plan_for(weights, weight_scales, biases, input_scale, pattern, backend, tuning, options)
-    rows = _readable(x)
-    y = plan.run(rows)
-    return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[-1])
+    return run(plan, x)
 
 
 def _refuse_autograd(x: Any, *rest: Any) -> Any:

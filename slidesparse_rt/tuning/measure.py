@@ -22,6 +22,7 @@ from typing import Any
 from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
 from ..backends.gpu_gemm import GpuPrepared, Step
+from ..backends.timing import captured
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
 from ..errors import DeviceMemoryError, OptionError
@@ -270,18 +271,7 @@ class _Bench:
     def _capture(self, launch: Callable[[], None]) -> Any:
         launch()  # the first one may load code
         self._stream.synchronize()
-        with self._stream:
-            self._stream.begin_capture()
-            try:
-                launch()
-            except BaseException:
-                # The capture has to end, and what went wrong in it matters more.
-                with contextlib.suppress(Exception):
-                    self._stream.end_capture()
-                raise
-            graph = self._stream.end_capture()
-            graph.upload(self._stream)
-        return graph
+        return captured(self._stream, launch)
 
     def _times(self, graphs: Mapping[str, Any], *, cold: bool) -> dict[str, float]:
         """Median microseconds of each graph over shuffled rounds."""
