@@ -22,7 +22,7 @@ from slidesparse_rt.errors import (
     PlanClosed,
 )
 from slidesparse_rt.ffi.libraries import load
-from slidesparse_rt.kernels import catalog, compiler, launch, loader
+from slidesparse_rt.kernels import catalog, compiler, launch, loader, weight_launch
 from slidesparse_rt.kernels.catalog import ARCHITECTURES, KernelSpec, catalogue
 from slidesparse_rt.kernels.compiler import (
     CompiledKernel,
@@ -98,7 +98,7 @@ def test_the_catalogue_names_everything():
     entries = {spec.entry for spec in specs}
     assert entries == {
         *("quantize_lift", "dequantize", "hopper_gemm", "hopper_pack"),
-        *launch.WEIGHT_ARGUMENTS,
+        *weight_launch.WEIGHT_ARGUMENTS,
     }
     assert {spec.entry for spec in specs if spec.exact} == {"hopper_gemm"}
     assert any(spec.hot for spec in specs)
@@ -517,7 +517,7 @@ def test_every_layout_matches_the_source():
     wanted = {
         "quantize_lift": ("quantize_lift.cu", launch.QUANTIZE_ARGUMENTS),
         "dequantize": ("dequantize.cu", launch.DEQUANTIZE_ARGUMENTS),
-        **{name: ("weights.cu", codes) for name, codes in launch.WEIGHT_ARGUMENTS.items()},
+        **{name: ("weights.cu", codes) for name, codes in weight_launch.WEIGHT_ARGUMENTS.items()},
         "hopper_pack": ("hopper_pack.cu", HOPPER_PACK_ARGUMENTS),
     }
     for entry, (name, codes) in wanted.items():
@@ -549,13 +549,14 @@ def test_the_kernels_of_a_device_are_shared(monkeypatch, nvrtc):
 
 
 def test_the_functions_by_device_use_the_shared_kernels(monkeypatch, kernels):
-    monkeypatch.setattr(launch, "kernels_of", lambda index: {3: kernels}[index])
+    for module in (launch, weight_launch):
+        monkeypatch.setattr(module, "kernels_of", lambda index: {3: kernels}[index])
     device = SimpleNamespace(index=3)
     float32, bfloat16 = (launch.array_type(name) for name in ("float32", "bfloat16"))
     int8 = launch.operand("int8")
     assert launch.quantizer(device, bfloat16, int8, SIX_OF_EIGHT, 64, 96).columns == 64
     assert launch.dequantizer(device, "int32", float32, 48).columns == 48
-    assert launch.weight_kernels(device, "int8", SIX_OF_EIGHT).FINDINGS_BYTES == 48
+    assert weight_launch.weight_kernels(device, "int8", SIX_OF_EIGHT).FINDINGS_BYTES == 48
 
 
 def test_without_a_driver_there_is_a_clear_error(monkeypatch):
