@@ -224,7 +224,7 @@ class TestUnknownInterface:
         assert same(product(tokens(3)), expected(plan, tokens(3)))
 
     def test_a_route_that_is_named_is_taken_or_refused(self, plan: Any) -> None:
-        with pytest.raises(ss.OptionError, match=r"version 1\.0; known are 0\.1 to 0\.3"):
+        with pytest.raises(ss.OptionError, match=r"version 1\.0; allowed is 0\.1 or a later 0"):
             jax.jit(lambda x: sparse_matmul(x, plan, route="ffi"))(tokens(3))
 
     def test_a_plan_on_a_gpu_has_no_other_route(
@@ -233,6 +233,12 @@ class TestUnknownInterface:
         monkeypatch.setattr(ss.SparseGemmPlan, "device", "cuda:0")
         with pytest.raises(ss.DeviceError, match=r"plan is on cuda:0; jaxlib's.*version 1\.0"):
             jax.jit(lambda x: sparse_matmul(x, plan))(tokens(3))
+
+    def test_a_later_version_is_left_to_xla(self, plan: Any, header: Any) -> None:
+        header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 99\n")
+        product = jax.jit(lambda x: sparse_matmul(x, plan))
+        assert jax_ffi.TARGET in product.lower(tokens(3)).as_text()
+        assert same(product(tokens(3)), expected(plan, tokens(3)))
 
     def test_without_a_description(self, plan: Any, header: Any) -> None:
         header.unlink()

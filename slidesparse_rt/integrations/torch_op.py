@@ -223,7 +223,9 @@ def _made(
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
             "a CUDA graph is being captured, and the layer's plan is not made yet; call "
-            "slidesparse_rt.torch.prepare(model, tokens=[...], stream=...) before the capture"
+            "slidesparse_rt.torch.prepare(model, tokens=[...], stream=...) before the capture; "
+            "torch.compile(backend='cudagraphs') captures copies of the weights, for which no plan "
+            "can be made before: use mode='reduce-overhead'"
         )
     values = _joined(weights, "weight")
     assert values is not None

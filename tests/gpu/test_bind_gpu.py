@@ -54,7 +54,12 @@ def test_it_computes_what_a_run_computes(backend, dtype):
     import torch
 
     with ss.SparseGemmPlan(
-        weight(0, N, K, "6:8"), "6:8", dtype=dtype, backend=backend, bias=data(8, (N,))
+        weight(0, N, K, "6:8"),
+        "6:8",
+        dtype=dtype,
+        backend=backend,
+        bias=data(8, (N,)),
+        device="cuda:0",
     ) as plan:
         for tokens in (3, 64):
             x = to_torch(data(tokens, (tokens, K), "bfloat16"))
