@@ -28,7 +28,7 @@
 #include "wgmma_sparse.cuh"
 
 constexpr int TOKENS = SS_TOKENS, BLOCKS = SS_BLOCKS, GROUPS = SS_GROUPS, STAGES = SS_STAGES;
-constexpr bool K_GROUPS = SS_KGROUPS, SPLITS = SS_SPLITS;
+constexpr bool K_GROUPS = SS_KGROUPS, SPLITS = SS_SPLITS, EACH_LANE = SS_EACHLANE;
 constexpr int GROUP_THREADS = 128;
 constexpr bool WIDE = bytes_of(SS_TYPE) == 2;
 constexpr bool INTEGER = SS_TYPE == SS_S8;
@@ -192,10 +192,11 @@ SS_DEVICE void start_product(Sums& sums, u32 metadata, u32 tokens, u32 units, in
   products_commit();
 }
 
-// One lane of each warp says that all are done with a stage.
+// One lane of each warp says that all are done with a stage; or each does, for tools that do not see
+// that lanes meet before.
 SS_DEVICE void release_stage(u32 empty) {
   __syncwarp();
-  if ((threadIdx.x & 31) == 0) barrier_arrive(empty);
+  if (EACH_LANE || (threadIdx.x & 31) == 0) barrier_arrive(empty);
 }
 
 SS_DEVICE u32 plus(u32 a, u32 b) { return INTEGER ? a + b : as_bits(add(as_float(a), as_float(b))); }
@@ -493,7 +494,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < STAGES; ++slot) {
       barrier_init(full + 8 * slot, 1);
-      barrier_init(empty + 8 * slot, 4 * (K_GROUPS ? 1 : GROUPS));
+      barrier_init(empty + 8 * slot, (EACH_LANE ? 128 : 4) * (K_GROUPS ? 1 : GROUPS));
     }
     if (K_GROUPS) barrier_init(gather_free, GROUP_THREADS);
     barrier_init_done();

@@ -59,7 +59,7 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
     bytes_of = re.search(r"constexpr int bytes_of\(int type\) \{.*?\n\}", numbers, re.DOTALL)
     assert bytes_of is not None
     body = between("constexpr int TOKENS", "// Names of barriers")
-    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "SPLITS", "STAGES")
+    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "SPLITS", "EACHLANE", "STAGES")
     parameters = ", ".join(f"int SS_{name}" for name in names)
     shown = ", ".join(f'\\"{name}\\": %d' for name in PRINTED)
     given_ = ", ".join(f"(int)Kernel::{name}" for name in PRINTED)

@@ -87,6 +87,12 @@ def test_warpgroups_that_trade_registers_start_with_an_even_share(nvrtc, width):
     assert Compiler(library=nvrtc).compile(spec, "sm_90a").entries[spec.entry].registers == 168
 
 
+@pytest.mark.parametrize("config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, split=True)])
+def test_what_racecheck_is_shown_compiles(nvrtc, config):
+    spec = catalog.hopper_gemm("int8", "bfloat16", **config.settings, each_lane=True)
+    examine(nvrtc, [spec], "sm_90a")
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_every_pattern_compiles(nvrtc, part):
     examine(nvrtc, list(catalogue(all_patterns=True))[part::4], "sm_90a")

@@ -296,6 +296,7 @@ def hopper_gemm(
     k_groups: bool,
     stages: int,
     splits: bool,
+    each_lane: bool = False,
 ) -> KernelSpec:
     """Return the sparse GEMM for Hopper.
 
@@ -309,6 +310,9 @@ def hopper_gemm(
         See :class:`slidesparse_rt.kernels.hopper_tiles.HopperConfig`.
     stages:
         Stages of tokens in shared memory.
+    each_lane:
+        Stages are released by each lane instead of once a warp: slower, and the same otherwise.
+        compute-sanitizer's racecheck does not see that the lanes of a warp meet.
     """
     threads = (groups + 1) * 128
     return _spec(
@@ -325,6 +329,7 @@ def hopper_gemm(
         KGROUPS=int(k_groups),
         STAGES=stages,
         SPLITS=int(splits),
+        EACHLANE=int(each_lane),
     )
 
 

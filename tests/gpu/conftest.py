@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
 from slidesparse_rt.ffi.driver import DeviceInfo, probe
+from slidesparse_rt.kernels import catalog
 
 # JAX would take three quarters of the GPU's memory, and other tests need tens of gigabytes.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -19,6 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=20,
         help="how long the stress test of the Hopper kernel runs",
     )
+    parser.addoption(
+        "--each-lane",
+        action="store_true",
+        help="Hopper kernels whose stages are released lane by lane, for racecheck",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _each_lane(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What "--each-lane" says; the kernels have the same source."""
+    if not request.config.getoption("--each-lane"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "hopper_gemm", partial(catalog.hopper_gemm, each_lane=True))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
