@@ -137,6 +137,18 @@ def plan_side(
     return side
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph, and the work that it was made of: what that holds, every replay reads."""
+
+    graph: torch.cuda.CUDAGraph
+    work: Callable[[], object]
+
+    def replay(self) -> None:
+        """Launch it."""
+        self.graph.replay()
+
+
 class Runner:
     """Captures and times passes on one GPU."""
 
@@ -145,7 +157,7 @@ class Runner:
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def capture(self, work: Callable[[], object]) -> Captured:
         """A graph of ``work``, run twice before."""
         with torch.cuda.stream(self.stream):
             for _ in range(2):
@@ -155,9 +167,9 @@ class Runner:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             work()
         torch.cuda.synchronize()
-        return graph
+        return Captured(graph, work)
 
-    def times(self, graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, list[float]]:
+    def times(self, graphs: dict[str, Captured]) -> dict[str, list[float]]:
         """Microseconds of a replay in each round; sides take turns."""
         found: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(self.rounds):
