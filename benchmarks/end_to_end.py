@@ -159,6 +159,8 @@ class Runner:
 
     def capture(self, work: Callable[[], object]) -> Captured:
         """A graph of ``work``, run twice before."""
+        # What it reads was made on the current stream.
+        self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(2):
                 work()

@@ -38,6 +38,18 @@ def test_the_layout_of_arguments_is_the_kernel_s():
     assert "struct alignas(64) TensorMap {\n  u64 words[16];" in source.headers["hopper.cuh"]
 
 
+@pytest.mark.parametrize(
+    ("readable", "rows"), [(None, 130), (0, 130), (150, 150), (192, 192), (400, 192)]
+)
+def test_rows_after_the_tokens_are_read_where_there_is_memory(kernels, readable, rows):
+    """Up to the end of the last tile; the map ends there."""
+    config = HopperConfig(64, 2)
+    gemm = HopperGemm(kernels, "int8", "float32", 1000, 4096, 4000, 130, config, readable=readable)
+    gemm(*OPERANDS, 0x6000, 1024, *REST)
+    assert gemm.rows_read == rows
+    assert kernels.cuda.maps[0]["extents"] == (4000, rows)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_type", OUT_TYPES)
 def test_a_launch_says_everything(kernels, dtype, out_type):

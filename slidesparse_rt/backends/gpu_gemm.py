@@ -85,11 +85,14 @@ class Product(ABC):
         Whether it writes the result itself, scales and bias included.
     how:
         How the product is done, for people; "" where the library does not say.
+    rows_read:
+        Rows of tokens that there must be memory for where they are more than the tokens.
     """
 
     scratch_bytes: int
     direct: bool
     how: str
+    rows_read: int = 0
 
     @abstractmethod
     def launch(
@@ -224,7 +227,8 @@ class GpuPrepared(ABC):
         """Where things lie for ``tokens`` tokens."""
         padded = round_up(tokens, self.token_multiple)
         operand = self.weight.operand
-        scales = round_up(padded * self.row_length * operand.bits // 8, _ALIGNMENT)
+        rows = max(padded, product.rows_read)
+        scales = round_up(rows * self.row_length * operand.bits // 8, _ALIGNMENT)
         sums = scales + round_up(padded * 4 if operand.scaled else 0, _ALIGNMENT)
         width = format_bytes(self.sums_type)
         taken = 0 if product.direct else padded * self.padded_n * width

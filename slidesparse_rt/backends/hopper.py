@@ -47,6 +47,7 @@ class _Product(Product):
     def __init__(self, prepared: HopperPrepared, gemm: HopperGemm) -> None:
         self.how = gemm.config.name
         self.scratch_bytes = gemm.tiling.partial_bytes
+        self.rows_read = gemm.rows_read
         self._gemm = gemm
         self._weight = prepared.packed.pointer
         self._channel_scales = prepared.weight.scales
@@ -151,6 +152,8 @@ class HopperPrepared(GpuPrepared):
             self.row_length * operand.bits // 8,
             tokens,
             config,
+            # layout() makes room for all of the last tile.
+            readable=tokens + config.tokens - 1,
         )
 
     def _config(self, bucket: int, kind: ArrayType, stream: int) -> HopperConfig:
@@ -187,8 +190,11 @@ class HopperPrepared(GpuPrepared):
         ]
         cold = 2 * device.l2_bytes if bucket <= _COLD_TOKENS else 0
         size = operand.bits // 8
+        rows = max(
+            cut.token_tiles * config.tokens for cut, config in zip(cuts, promising, strict=True)
+        )
         with (
-            device.filled(bucket * self.row_length * size, operand, stream) as x,
+            device.filled(rows * self.row_length * size, operand, stream) as x,
             device.upload(np.ones(bucket, np.float32), stream) as scales,
             device.allocate(bucket * n * kind.bits // 8) as target,
             device.allocate(max(cut.partial_bytes for cut in cuts)) as partials,

@@ -15,6 +15,8 @@ from slidesparse_rt.kernels.loader import kernels_of
 
 from .kernel_machine import Memory
 
+#: Rows that there is memory for after the tokens.
+MORE_ROWS = 207
 #: Largest magnitude of the whole numbers that are multiplied: E4M3 sums are kept in fewer bits.
 _LARGEST = {"int8": 127, "fp8_e4m3": 3, "bf16": 7, "fp16": 7}
 
@@ -98,7 +100,10 @@ class Operands:
             (rows, self.slid_bytes // size), dtype=torch_type(dtype), device="cuda"
         )
         self.slid[:n, :columns] = sparse(draw, make(draw, (n, columns), dtype))
-        self.tokens = make(draw, (m, columns), dtype)
+        # What is read after them must not matter: 127s, NaNs, numbers that overflow.
+        held = torch.full((m + MORE_ROWS, row_bytes), 0x7F, dtype=torch.uint8, device="cuda")
+        self.tokens = held.view(torch_type(dtype))[:m]
+        self.tokens.copy_(make(draw, (m, columns), dtype))
         self.packed = Memory(packed_bytes(rows, self.slid_bytes, size), 0)
         pack_weights(
             kernels_of(0),
@@ -165,6 +170,7 @@ class Result:
             operands.row_bytes,
             m,
             config,
+            readable=m + MORE_ROWS,
         )
 
     def launch(self, stream: int) -> None:
