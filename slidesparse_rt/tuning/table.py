@@ -21,6 +21,9 @@ __all__ = ["BUCKETS", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_fir
 BUCKETS = (1, *(1 << power for power in range(4, 15)))
 #: The backend that uses no zeros.
 DENSE = "dense"
+#: Up to so many tokens a product takes as long as the bucket above: tiles are as large as that, and
+#: tokens that are missing in one save nothing.  Larger products have many tiles.
+_WHOLE_TILES = 256
 #: How much slower than the fastest backend at some M the plan may be so that it holds one form of
 #: the weight less.  Below the 2 % that is promised, for a second measurement differs.
 _SLACK = 1.01
@@ -135,9 +138,10 @@ class Table:
         return tuple(self.times[self.tokens[0]])
 
     def estimate(self, tokens: int) -> dict[str, float]:
-        """Microseconds of each backend for ``tokens`` tokens, in a straight line between buckets.
+        """Microseconds of each backend for ``tokens`` tokens.
 
-        Below the first bucket and above the last one it is that one's: their order is what counts.
+        Between buckets that of the upper one where tokens are few, else on a straight line.  Below
+        the first bucket and above the last one it is that one's: their order is what counts.
         """
         if tokens in self.times:
             return dict(self.times[tokens])
@@ -148,6 +152,8 @@ class Table:
         if index == len(measured):
             return dict(self.times[measured[-1]])
         low, high = measured[index - 1], measured[index]
+        if high <= _WHOLE_TILES:
+            return dict(self.times[high])
         part = (tokens - low) / (high - low)
         below, above = self.times[low], self.times[high]
         return {name: below[name] + part * (above[name] - below[name]) for name in below}
@@ -172,7 +178,7 @@ class Table:
         Of the sets of backends with which no M is more than 1 % slower than its fastest backend the
         smallest is taken, and of those the fastest; for each M the fastest of the set runs.
         Straight lines take turns at being lowest only where two of them cross, so looking at the
-        buckets and beside each crossing is looking at every M.
+        buckets, where steps begin and beside each crossing is looking at every M.
         """
         names = [name for name in self.backends if able is None or name in set(able)]
         if not keep_dense and names != [DENSE]:
@@ -210,6 +216,9 @@ class Table:
         """Numbers of tokens between which no two of these backends change places, rising."""
         found = set(self.tokens)
         for low, high in zip(self.tokens, self.tokens[1:], strict=False):
+            if high <= _WHOLE_TILES:
+                found.add(min(low + 1, high))
+                continue
             below, above = self.times[low], self.times[high]
             for one, other in combinations(names, 2):
                 before, after = below[one] - below[other], above[one] - above[other]
