@@ -63,9 +63,8 @@ def test_recorded_times_choose_what_was_faster() -> None:
         ["cusparselt"] * 3 + ["dense"] * 4
     )
     assert mild.backends == ("cusparselt", "dense")
-    # In a straight line from (118.41, 145.14) at 64 to (187.5, 159.7) at 256.
-    crossing = 64 + 192 * 26.73 / (26.73 + 27.8)
-    assert (mild.at(math.floor(crossing)), mild.at(math.ceil(crossing))) == ("cusparselt", "dense")
+    # Between 64 and 256, which were measured, products are whole tiles of 256.
+    assert (mild.at(64), mild.at(65)) == ("cusparselt", "dense")
     for dtype in ("int8", "fp8_e4m3"):
         # One form is enough for all.
         assert recorded(dtype, "2:4", "H200").dispatch() == Dispatch((0,), ("cusparselt",))
