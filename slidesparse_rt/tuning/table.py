@@ -217,7 +217,7 @@ class Table:
         found = set(self.tokens)
         for low, high in zip(self.tokens, self.tokens[1:], strict=False):
             if high <= _WHOLE_TILES:
-                found.add(min(low + 1, high))
+                found.add(low + 1)
                 continue
             below, above = self.times[low], self.times[high]
             for one, other in combinations(names, 2):
