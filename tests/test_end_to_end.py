@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +125,39 @@ def test_its_sizes_are_qwen_2_5_7b_s() -> None:
     assert sizes.linear_weights == 6_525_288_448
     options = bench.parse(["out.json", "--prefill", "512", "--decode"])
     assert (options.prefill, options.decode, options.blocks) == ([512], [], 28)
+
+
+def test_a_capture_waits_for_its_inputs_and_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays read whatever the work read, written on another stream and held by nobody else."""
+    said: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: str) -> None:
+            said.append(f"waits for {other}")
+
+    class Graph:
+        def replay(self) -> None:
+            said.append("replay")
+
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(cuda, "current_stream", lambda: "the current one")
+    monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "synchronize", lambda: None)
+    ids = torch.arange(3)
+    held = weakref.ref(ids)
+
+    def work(ids: torch.Tensor = ids) -> None:
+        assert ids is not None
+        said.append("work")
+
+    captured = bench.Runner(0.1, 1).capture(work)
+    assert said == ["waits for the current one", "work", "work", "work"]
+    del work, ids
+    gc.collect()
+    assert held() is not None
+    captured.replay()
+    assert said[-1] == "replay"

@@ -310,6 +310,19 @@ def test_it_writes_every_result_itself(machine: Machine, out_type: str) -> None:
     assert layout.nbytes == layout.scratch + product.scratch_bytes
 
 
+@pytest.mark.parametrize("tokens", [1, 40, 200, 300])
+def test_there_is_memory_for_the_rows_that_are_read_after_the_tokens(
+    machine: Machine, tokens: int
+) -> None:
+    """Whole tiles are read; scales begin behind them."""
+    made = prepared(machine)
+    product = made.make_product(tokens, array_type("bfloat16"), STREAM)
+    rows = product._gemm.tiling.token_tiles * product._gemm.config.tokens
+    assert product.rows_read == rows >= tokens
+    row_bytes = made.row_length * made.weight.operand.bits // 8
+    assert made.layout(product, tokens).scales >= rows * row_bytes
+
+
 def test_the_backend_packs_what_it_is_given(machine: Machine) -> None:
     device: Any = machine.gpu
     machine.kernels.cuda.layout = HOPPER_PACK_ARGUMENTS
