@@ -19,7 +19,7 @@ from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
 from ..kernels.hopper import HopperGemm, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
-from ..kernels.hopper_tiles import HopperConfig, configurations, tiling
+from ..kernels.hopper_tiles import HopperConfig, configurations
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
@@ -48,6 +48,7 @@ class _Product(Product):
         self.how = gemm.config.name
         self.scratch_bytes = gemm.tiling.partial_bytes
         self.rows_read = gemm.rows_read
+        self.counters = gemm.tiling.counters
         self._gemm = gemm
         self._weight = prepared.packed.pointer
         self._channel_scales = prepared.weight.scales
@@ -185,38 +186,31 @@ class HopperPrepared(GpuPrepared):
         promising = self._promising(bucket)
         if len(promising) == 1:
             return promising[0]
-        cuts = [
-            tiling(config, n, self._slid_bytes, bucket, device.sm_count) for config in promising
-        ]
+        products = [_Product(self, self._gemm(bucket, kind, config)) for config in promising]
+        rows = max(product.rows_read for product in products)
+        counted = max(1, *(product.counters for product in products))
         cold = 2 * device.l2_bytes if bucket <= _COLD_TOKENS else 0
         size = operand.bits // 8
-        rows = max(
-            cut.token_tiles * config.tokens for cut, config in zip(cuts, promising, strict=True)
-        )
         with (
             device.filled(rows * self.row_length * size, operand, stream) as x,
             device.upload(np.ones(bucket, np.float32), stream) as scales,
             device.allocate(bucket * n * kind.bits // 8) as target,
-            device.allocate(max(cut.partial_bytes for cut in cuts)) as partials,
-            device.upload(np.zeros(max(1, *(cut.counters for cut in cuts)), np.int32), stream) as (
-                counters
-            ),
+            device.allocate(max(product.scratch_bytes for product in products)) as partials,
+            device.upload(np.zeros(counted, np.int32), stream) as counters,
             device.allocate(cold) as flushed,
         ):
-            runs = []
-            for config in promising:
-                product = _Product(self, self._gemm(bucket, kind, config))
-                runs.append(
-                    lambda product=product: product.launch(
-                        x.pointer,
-                        scales.pointer,
-                        target.pointer,
-                        n,
-                        partials.pointer,
-                        counters.pointer,
-                        stream,
-                    )
+            runs = [
+                lambda product=product: product.launch(
+                    x.pointer,
+                    scales.pointer,
+                    target.pointer,
+                    n,
+                    partials.pointer,
+                    counters.pointer,
+                    stream,
                 )
+                for product in products
+            ]
 
             def flush() -> None:
                 device.clear(flushed.pointer, flushed.nbytes, stream)
