@@ -281,15 +281,7 @@ def quantize(
         session("quantize", LIBRARIES, plain, output, device, commit, time_budget) as now,
         progress(len(settings.cases())) as (say, done),
     ):
-        run_quantize(
-            now.gpu,
-            settings,
-            now.record,
-            budget=now.budget,
-            clocks=now.clocks,
-            say=say,
-            done=done,
-        )
+        now.measure(run_quantize, settings, say, done)
     finish(now.record, as_json)
 
 
@@ -353,15 +345,7 @@ def _products(
         for name, why in refused.items():
             now.record.leave_out(name, "unavailable", why)
         say(_expected(settings, time_budget))
-        run(
-            now.gpu,
-            settings,
-            now.record,
-            budget=now.budget,
-            clocks=now.clocks,
-            say=say,
-            done=done,
-        )
+        now.measure(run, settings, say, done)
     finish(now.record, as_json)
 
 

@@ -69,6 +69,24 @@ class Session:
         self.record = record
         self.budget = budget
 
+    def measure(
+        self,
+        run: Callable[..., None],
+        settings: Any,
+        say: Callable[[str], None],
+        done: Callable[[], None],
+    ) -> None:
+        """Let a benchmark measure with all of it."""
+        run(
+            self.gpu,
+            settings,
+            self.record,
+            budget=self.budget,
+            clocks=self.clocks,
+            say=say,
+            done=done,
+        )
+
 
 @contextmanager
 def progress(cases: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
