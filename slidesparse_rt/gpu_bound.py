@@ -1,21 +1,30 @@
-"""A run on a GPU with fixed buffers: a lock and the launches."""
+"""A run on a GPU with fixed buffers: a lock, and one launch of a recording."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from .arrays import Device
+from .backends.gpu_device import is_capturing, working_on
 from .backends.gpu_gemm import Step
-from .backends.workspace import Workspace
+from .backends.workspace import Block, Memory, Workspace
 from .bound import BoundRun
 from .device_arrays import PER_THREAD_STREAM, Adapter, current_device, set_device
 from .errors import ArrayError, LibraryError
-from .kernels.loader import relaxed_capture
+from .kernels.loader import kernels_of, relaxed_capture
+from .kernels.recording import Recording
 
 __all__ = ["NO_CONTEXT", "BoundArray", "BoundOnGpu", "Runner"]
 
 #: CUDA_ERROR_INVALID_CONTEXT: a launch by a thread that made no call of the CUDA runtime yet.
 NO_CONTEXT = 201
+#: Calls before the launches are recorded.  A recording takes memory, and calls that are captured in
+#: the caller's own graph need none: as many as these warm up for that, by PyTorch's guide.
+_CALLS_BEFORE = 3
+#: No stream.
+_NONE = -1
 
 
 class Runner(Protocol):
@@ -46,13 +55,16 @@ class BoundArray:
     def __init__(self, array: Any, adapter: Adapter, address: int, stride: int) -> None:
         self.array = array
         self.adapter = adapter
-        self.pointer = adapter.pointer
+        self.pointer: Callable[[Any], int] = adapter.pointer or (lambda _: address)
         self.address = address
         self.stride = stride
 
 
 class BoundOnGpu(BoundRun):
     """A run on a GPU with fixed buffers; :meth:`~slidesparse_rt.gpu_run.GpuRunner.bind` makes it.
+
+    The first three calls launch each kernel.  The fourth records the launches, and calls on its
+    stream launch the recording from then on: :mod:`slidesparse_rt.kernels.recording`.
 
     Parameters
     ----------
@@ -67,18 +79,31 @@ class BoundOnGpu(BoundRun):
         that stream alive.
     owner:
         What keeps x's memory alive where x itself does not.
+    graph:
+        Whether launches may be recorded.
     """
 
     __slots__ = (
+        "_calls_before",
         "_current_stream",
         "_device",
         "_fresh",
+        "_index",
         "_kept",
+        "_moves",
         "_out",
+        "_out_address",
+        "_out_pointer",
         "_parts",
+        "_recording",
+        "_replay",
+        "_replay_stream",
         "_runner",
         "_stream",
+        "_workspace",
         "_x",
+        "_x_address",
+        "_x_pointer",
     )
 
     def __init__(
@@ -89,31 +114,42 @@ class BoundOnGpu(BoundRun):
         parts: tuple[tuple[Step, int, int], ...],
         stream: tuple[int, object] | None,
         owner: object,
+        *,
+        graph: bool,
     ) -> None:
-        self._runner, self._device = runner, runner.device
+        self._runner, self._device, self._index = runner, runner.device, runner.device.index
+        self._workspace = runner.workspace
         self._x, self._out = x, out
         self.x, self.out = x.array, out.array
+        # A call reads these: each look-up less counts.
+        self._x_pointer, self._x_address = x.pointer, x.address
+        self._out_pointer, self._out_address = out.pointer, out.address
         self._current_stream = x.adapter.current_stream
         self._parts = parts
         self._stream = None if stream is None else stream[0]
         self._kept = (stream, owner)
         #: Whether nothing was launched yet.
         self._fresh = True
+        #: Calls that launch each kernel before the next one records; negative: none does.
+        self._calls_before = _CALLS_BEFORE if graph and parts else _NONE
+        self._recording: Recording | None = None
+        #: Launches the recording on this stream, while the workspace has moved so often.
+        self._replay: Callable[[], int] = int
+        self._replay_stream = self._moves = _NONE
 
     def __call__(self) -> Any:
         """See :meth:`BoundRun.__call__`."""
-        x, out = self._x, self._out
-        if (x.pointer is not None and x.pointer(self.x) != x.address) or (
-            out.pointer is not None and out.pointer(self.out) != out.address
+        if (
+            self._x_pointer(self.x) != self._x_address
+            or self._out_pointer(self.out) != self._out_address
         ):
             raise self._moved()
-        device = self._device
-        index = device.index
+        index = self._index
         before = current_device()
         if before != index:
             set_device(index)
         try:
-            current = pointer = self._current_stream(device)
+            current = pointer = self._current_stream(self._device)
             if self._stream is not None or current == PER_THREAD_STREAM:
                 pointer = self._runner.chosen(self._stream, current)
             try:
@@ -125,8 +161,8 @@ class BoundOnGpu(BoundRun):
                 set_device(index)
                 self._launch(pointer)
             if pointer != current:
-                x.adapter.share(self.x, pointer, device)
-                out.adapter.share(self.out, pointer, device)
+                self._x.adapter.share(self.x, pointer, self._device)
+                self._out.adapter.share(self.out, pointer, self._device)
         finally:
             if before != index:
                 set_device(before)
@@ -134,21 +170,66 @@ class BoundOnGpu(BoundRun):
 
     def _moved(self) -> ArrayError:
         """The error for memory that was exchanged (by ``resize_``, ``set_``, ``.data``)."""
-        x = self._x
-        what = "out" if x.pointer is None or x.pointer(self.x) == x.address else "x"
+        what = "out" if self._x_pointer(self.x) == self._x_address else "x"
         return ArrayError(f"{what} lies elsewhere in memory than when it was bound; bind it again")
 
     def _launch(self, stream: int) -> None:
-        runner = self._runner
-        workspace, x_stride, out_stride = runner.workspace, self._x.stride, self._out.stride
+        workspace = self._workspace
         with workspace.lock:
-            if runner.closed or workspace.closed:
-                runner.check_open()
-            if not self._fresh:
-                for step, x, out in self._parts:
-                    step(x, x_stride, out, out_stride, workspace, stream)
+            if self._runner.closed or workspace.closed:
+                self._runner.check_open()
+            if (
+                stream == self._replay_stream
+                and workspace.moves == self._moves
+                and not is_capturing(stream)
+            ):
+                self._repeat()
+            elif self._fresh:
+                with relaxed_capture():  # a first launch may load code
+                    self._launch_unrecorded(stream)
+                self._fresh = False
+            else:
+                self._launch_unrecorded(stream)
+
+    def _repeat(self) -> None:
+        """Launch the recording."""
+        status = self._replay()
+        if status:
+            assert self._recording is not None
+            raise self._recording.error(status)
+
+    def _launch_unrecorded(self, stream: int) -> None:
+        """Launch what is not recorded for ``stream``, or record it now and launch that."""
+        if self._calls_before != _NONE and not is_capturing(stream):
+            if self._calls_before:
+                self._calls_before -= 1
+            elif self._replay_stream in (_NONE, stream) and self._record(stream):
+                with relaxed_capture():  # a first launch brings the graph to the GPU
+                    self._repeat()
                 return
-            with relaxed_capture():  # a first launch may load code
-                for step, x, out in self._parts:
-                    step(x, x_stride, out, out_stride, workspace, stream)
-            self._fresh = False
+        self._launch_kernels(self._workspace, stream)
+
+    def _launch_kernels(self, memory: Memory, stream: int) -> None:
+        x_stride, out_stride = self._x.stride, self._out.stride
+        for step, x, out in self._parts:
+            step(x, x_stride, out, out_stride, memory, stream)
+
+    def _record(self, stream: int) -> bool:
+        """Record the launches as they would be on ``stream``; False where that cannot be done."""
+        kernels, workspace = kernels_of(self._index), self._workspace
+        largest = max((step for step, _, _ in self._parts), key=lambda step: step.nbytes)
+        self._replay_stream = _NONE
+        try:
+            if kernels.owns(stream):
+                block = Block(workspace.address(largest.nbytes, stream, largest.tokens))
+                with working_on(self._index):
+                    made = Recording(kernels.cuda, partial(self._launch_kernels, block))
+                self._recording, self._replay = made, made.on(stream)
+                self._replay_stream, self._moves = stream, workspace.moves
+                return True
+        except LibraryError as error:
+            if error.status == NO_CONTEXT:
+                raise
+            # Launching each kernel may do, or tells what is wrong.
+        self._calls_before = _NONE
+        return False

@@ -210,7 +210,9 @@ class GpuRunner:
             if before != self._index:
                 set_device(before)
 
-    def bind(self, x: Any, out_type: ArrayType | None, out: Any, stream: Any) -> BoundRun:
+    def bind(
+        self, x: Any, out_type: ArrayType | None, out: Any, stream: Any, *, graph: bool = True
+    ) -> BoundRun:
         """See :meth:`slidesparse_rt.SparseGemmPlan.bind`."""
         if getattr(x, "requires_grad", False):
             refuse_autograd(x)
@@ -254,6 +256,7 @@ class GpuRunner:
                 parts,
                 None if stream is None else (pointer, stream),
                 owner,
+                graph=graph,
             )
         finally:
             if before != self._index:

@@ -125,6 +125,49 @@ class LaunchingCuda(FakeCuda):
         self.launches: list[dict[str, Any]] = []
         self.layout = _GEMM_ARGUMENTS
         self.status = 0
+        #: What streams that are captured have recorded, and graphs: number -> launches.
+        self.captured: dict[int, list[dict[str, Any]]] = {}
+        self.graphs: dict[int, list[dict[str, Any]]] = {}
+        #: Streams that were made and are not destroyed.
+        self.alive: set[int] = set()
+        self.made = 0
+
+    def _new(self, place: Any) -> int:
+        self.made += 1
+        place._obj.value = 0x9000 + self.made
+        return place._obj.value
+
+    def _custreamcreate(self, stream: Any, flags: int) -> None:
+        assert (flags, self.mode) == (1, 2)
+        self.alive.add(self._new(stream))
+
+    def _custreamdestroy_v2(self, stream: int) -> None:
+        assert stream not in self.captured or "cuStreamEndCapture" in self.refuse
+        self.alive.remove(stream)
+
+    def _custreambegincapture_v2(self, stream: int, mode: int) -> None:
+        assert mode == 2
+        self.captured[stream] = []
+
+    def _custreamendcapture(self, stream: int, graph: Any) -> None:
+        self.graphs[self._new(graph)] = self.captured.pop(stream)
+
+    def _cugraphinstantiatewithflags(self, executable: Any, graph: int, flags: int) -> None:
+        assert flags == 0
+        self.graphs[self._new(executable)] = self.graphs[graph]
+
+    def _cugraphdestroy(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    def _cugraphexecdestroy(self, executable: int) -> None:
+        assert self.mode == 2
+        del self.graphs[executable]
+
+    def _repeat(self, executable: int, stream: int) -> int:
+        """Launch a graph."""
+        if not self.status:
+            self.launches += [launch | {"stream": stream} for launch in self.graphs[executable]]
+        return self.status
 
     def _cutensormapencodetiled(self, location: int, *rest: Any) -> None:
         kind, rank, address, extents, strides, box, steps, *modes = rest
@@ -146,7 +189,11 @@ class LaunchingCuda(FakeCuda):
         ctypes.memmove(location, struct.pack("<16q", len(self.maps), *[-1] * 15), 128)
 
     def raw(self, name: str) -> Any:
-        mine = {"cuLaunchKernel": self._launch, "cuLaunchKernelEx": self._launch_with_settings}
+        mine = {
+            "cuLaunchKernel": self._launch,
+            "cuLaunchKernelEx": self._launch_with_settings,
+            "cuGraphLaunch": self._repeat,
+        }
         return mine[name] if name in mine else super().raw(name)
 
     def _launch_with_settings(self, settings: int, function: int, pointers: Any, extra: Any) -> int:
@@ -157,7 +204,7 @@ class LaunchingCuda(FakeCuda):
         kinds = [
             struct.unpack("<i4xi", ctypes.string_at(attributes + 72 * i, 12)) for i in range(count)
         ]
-        self.launches[-1]["attributes"] = kinds
+        self.captured.get(stream, self.launches)[-1]["attributes"] = kinds
         return status
 
     def _launch(self, function: int, *rest: Any) -> int:
@@ -169,7 +216,7 @@ class LaunchingCuda(FakeCuda):
             struct.unpack(code, ctypes.string_at(address, struct.calcsize(code)))[0]
             for code, address in zip(self.layout, addresses[len(maps) :], strict=True)
         ]
-        self.launches.append(
+        self.captured.get(stream, self.launches).append(
             {
                 "function": function,
                 "blocks": gx,

@@ -50,8 +50,14 @@ class Driver(LaunchingCuda):
             return self.status
         gx, gy, gz, bx, by, bz, *others = rest
         status = super()._launch(function, gx, gy, gz, bx, 1, bz, *others)
-        self.launches[-1] |= {"entry": entry, "height": by}
+        found = self.captured.get(others[1], self.launches)
+        found[-1] |= {"entry": entry, "height": by}
         return status
+
+    def _repeat(self, executable: int, stream: int) -> int:
+        for found in self.graphs[executable]:
+            self.before(found["entry"])
+        return super()._repeat(executable, stream)
 
     def _launch_with_settings(self, *arguments: Any) -> int:
         if self.status:
@@ -64,8 +70,17 @@ class Kernels(FakeKernels):
         super().__init__()
         self.cuda = Driver(self)
 
+        #: Streams of green contexts.
+        self.green: set[int] = set()
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def occupancy(self, *arguments: Any) -> int:
         return 4
+
+    def owns(self, stream: int) -> bool:
+        return stream not in self.green
 
 
 class Machine:
@@ -135,7 +150,7 @@ class Machine:
 def make_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine that takes torch's CPU tensors for tensors on cuda:0."""
     made = Machine()
-    for module in (hopper, launch):
+    for module in (hopper, launch, gpu_bound):
         monkeypatch.setattr(module, "kernels_of", lambda index: made.kernels)
     foreign = SimpleNamespace(device_of_stream=lambda stream: 1 if stream == 0x700 else 0)
     monkeypatch.setattr(gpu_run, "kernels_of", lambda index: foreign)
@@ -143,13 +158,13 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(GpuWeight, "slide", lambda *arguments: Memory(1))
     monkeypatch.setattr(GpuWeight, "drop_values", lambda self: None)
     monkeypatch.setattr(hopper, "fastest", lambda *arguments, **options: 0)
-    for module in (gpu_run, gpu_gemm):
+    for module in (gpu_run, gpu_bound, gpu_gemm):
         monkeypatch.setattr(module, "working_on", made.relaxing)
     for module in (gpu_run, gpu_bound):
         monkeypatch.setattr(module, "relaxed_capture", made.relaxing)
         monkeypatch.setattr(module, "current_device", lambda: made.device)
         monkeypatch.setattr(module, "set_device", made.set_device)
-    for module in (gpu_run, gpu_gemm, workspace):
+    for module in (gpu_run, gpu_bound, gpu_gemm, workspace):
         monkeypatch.setattr(module, "is_capturing", lambda stream: stream in made.capturing)
     monkeypatch.setattr(gpu_run, "order_streams", lambda *pair: made.ordered.append(pair))
     adapter = dataclasses.replace(

@@ -236,16 +236,18 @@ def test_bare_launches_do_nothing_as_plans_do_something(monkeypatch):
         ("cuLaunchKernel", "any"),
         ("cuLaunchKernelEx", "any"),
         ("cuLaunchKernelEx twice, the second early", "any"),
+        ("cuGraphLaunch of these two", "any"),
     ]
     seen = []
     for _, _, run in calls:
         run()
         seen.append(len(made.cuda.launches))
-    assert seen == [0, 1, 2, 4]
+    assert seen == [0, 1, 2, 4, 6]
     for launch in made.cuda.launches:
         rows, padded_rows = launch["values"][7:9]
         assert (launch["blocks"], launch["stream"], rows, padded_rows) == (1, 0, 0, 0)
-    assert [launch.get("attributes") for launch in made.cuda.launches] == [None, [], [], [(6, 1)]]
+    found = [launch.get("attributes") for launch in made.cuda.launches]
+    assert found == [None, [], [], [(6, 1)], [], [(6, 1)]]
     made.cuda.status = 700
     for _, _, run in calls[1:]:
         with pytest.raises(LibraryError, match="returned 700"):

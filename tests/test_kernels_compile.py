@@ -446,6 +446,11 @@ def test_the_device_of_a_stream(kernels, cuda):
     cuda.streams = {0x30: 1003, 0x40: 1001, 0x50: 2003}
     assert [kernels.device_of_stream(stream) for stream in cuda.streams] == [3, 1, 3]
     assert [kernels.device_of_stream(stream) for stream in (0, 1, 2)] == [3, 3, 3]
+    # All of the device, not a part of it.
+    assert [kernels.owns(stream) for stream in (*cuda.streams, 0, 1, 2)] == [
+        *(True, False, False),
+        *(True, True, True),
+    ]
     assert cuda.pushed == []
 
 

@@ -31,7 +31,7 @@ from ..pattern import Pattern
 from .base import Config, Problem, RawWeight, Support
 from .gpu_device import GpuDevice, gpu_device, is_capturing, working_on
 from .gpu_weight import GpuWeight
-from .workspace import COUNTER_BYTES, Workspace
+from .workspace import COUNTER_BYTES, Memory
 
 __all__ = [
     "GpuBackend",
@@ -340,9 +340,9 @@ class Step:
         "_product",
         "_quantize",
         "_scaled",
-        "_tokens",
         "_x_scale",
         "nbytes",
+        "tokens",
     )
 
     def __init__(
@@ -358,7 +358,8 @@ class Step:
         self._quantize = prepared.quantizer(x_kind, stream)
         self._dequantize = None if self._product.direct else prepared.dequantizer(out_kind, stream)
         self._layout = prepared.layout(self._product, tokens)
-        self._tokens = tokens
+        #: Tokens of a launch.
+        self.tokens = tokens
         self._padded_n = prepared.padded_n
         self._x_scale = prepared.weight.x_scale
         self._scaled = prepared.weight.operand.scaled
@@ -372,10 +373,10 @@ class Step:
         self._now: _Placed | None = None
 
     def __call__(
-        self, x: int, x_stride: int, out: int, out_stride: int, workspace: Workspace, stream: int
+        self, x: int, x_stride: int, out: int, out_stride: int, workspace: Memory, stream: int
     ) -> None:
         """Launch; arrays are device addresses with strides in elements from row to row."""
-        base = workspace.address(self.nbytes, stream, self._tokens)
+        base = workspace.address(self.nbytes, stream, self.tokens)
         placed = self._now
         if placed is None or base != self._base:
             placed = self._place(base)
@@ -399,7 +400,7 @@ class Step:
         return placed
 
     def _made(self, base: int) -> _Placed:
-        layout, tokens = self._layout, self._tokens
+        layout, tokens = self._layout, self.tokens
         scales, sums = base + layout.scales, base + layout.sums
         finish = None
         if self._dequantize is not None:
@@ -504,7 +505,7 @@ class GpuBackend(ABC):
         x: DeviceArray,
         out: DeviceArray,
         out_type: ArrayType,
-        workspace: Workspace,
+        workspace: Memory,
         stream: int,
         config: Config,
     ) -> None:

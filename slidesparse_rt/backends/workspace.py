@@ -8,16 +8,38 @@ back then, unless a CUDA graph was captured with it: a graph keeps using the add
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import CaptureError, PlanClosed
 from ..kernels.hopper_tiles import HOPPER_COUNTERS
 from .gpu_device import Buffer, GpuDevice, is_capturing
 
-__all__ = ["COUNTER_BYTES", "Workspace"]
+__all__ = ["COUNTER_BYTES", "Block", "Memory", "Workspace"]
 
 #: What lies before every address that :meth:`Workspace.address` returns: 32-bit counters that are
 #: zero while no launch runs.  A launch that counts with them leaves them so.
 COUNTER_BYTES = 4 * HOPPER_COUNTERS
+
+
+class Memory(Protocol):
+    """What a launch asks for its place in memory."""
+
+    def address(self, nbytes: int, stream: int, tokens: int) -> int:
+        """See :meth:`Workspace.address`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The same place in memory for every launch, whatever the stream."""
+
+    pointer: int
+
+    def address(self, nbytes: int, stream: int, tokens: int) -> int:
+        """The place."""
+        del nbytes, stream, tokens
+        return self.pointer
 
 
 class Workspace:
@@ -42,6 +64,8 @@ class Workspace:
         self._retired: list[Buffer] = []
         #: Whether :meth:`close` was called; hold :attr:`lock` to act on it.
         self.closed = False
+        #: How often a block was exchanged for a larger one: addresses seen before may have gone.
+        self.moves = 0
 
     @property
     def nbytes(self) -> int:
@@ -87,6 +111,7 @@ class Workspace:
         self.device.synchronize(stream)
         self._blocks[stream] = larger
         if block is not None:
+            self.moves += 1
             if stream in self._captured:
                 self._captured.discard(stream)
                 self._retired.append(block)

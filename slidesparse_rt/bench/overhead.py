@@ -8,7 +8,8 @@ batches of the time of one call.  Garbage collection is off meanwhile, as in ``t
 ``SparseGemmPlan.run`` quantizes, multiplies and scales, and so does what ``SparseGemmPlan.bind``
 returns; PyTorch's own calls, measured in the same run for scale, only multiply operands that are
 quantized already.  Bare launches of a kernel that has nothing to do tell what is the driver's share
-of all that: a run of the backend "hopper" launches two kernels, the second as here.
+of all that: a run of the backend "hopper" launches two kernels, the second as here, and a bound run
+launches them as one graph.
 """
 
 from __future__ import annotations
@@ -405,12 +406,14 @@ def driver_calls(index: int) -> list[tuple[str, str, Callable[[], object]]]:
     """Launches of a kernel that finds nothing to do, on the legacy default stream.
 
     Through ctypes, as plans launch: with eleven arguments, with four that stay, and two of these
-    of which the second may begin early, as the backend "hopper" launches its two kernels.  A call
-    that launches nothing tells how much of it is ctypes.
+    of which the second may begin early, as the backend "hopper" launches its two kernels; and those
+    two as one graph, as a bound run launches them.  A call that launches nothing tells how much of
+    it is ctypes.
     """
     from ..kernels.fixed import FixedLaunch, starts_early
     from ..kernels.launch import QUANTIZE_ARGUMENTS, Launch, Quantizer
     from ..kernels.loader import kernels_of
+    from ..kernels.recording import Recording
 
     kernels = kernels_of(index)
     quantizer = Quantizer(kernels, 64, _BF16, "int8", Pattern.parse("6:8"), 96)
@@ -433,6 +436,21 @@ def driver_calls(index: int) -> list[tuple[str, str, Callable[[], object]]]:
 
         return run
 
+    def on(stream: int) -> None:
+        for one in (fixed, early):
+            one.set_stream(stream)
+        checked(fixed, early)()
+
+    with kernels.current():
+        recording = Recording(cuda, on)
+    on(0)
+    graph = recording.on(0)
+
+    def repeat() -> None:
+        status = graph()
+        if status:
+            raise recording.error(status)
+
     version = ctypes.c_int(0)
     ask = partial(cuda.raw("cuDriverGetVersion"), ctypes.byref(version))
     return [
@@ -444,6 +462,7 @@ def driver_calls(index: int) -> list[tuple[str, str, Callable[[], object]]]:
         ),
         ("cuLaunchKernelEx", _ANY, checked(fixed)),
         ("cuLaunchKernelEx twice, the second early", _ANY, checked(fixed, early)),
+        ("cuGraphLaunch of these two", _ANY, repeat),
     ]
 
 

@@ -79,6 +79,14 @@ class Cuda(CLibrary):
             "shared:u32 stream arguments extra",
         ),
         declare("cuLaunchKernelEx", "settings function arguments extra"),
+        declare("cuStreamCreate", "stream flags:u32"),
+        declare("cuStreamDestroy_v2", "stream"),
+        declare("cuStreamBeginCapture_v2", "stream mode:int"),
+        declare("cuStreamEndCapture", "stream graph"),
+        declare("cuGraphInstantiateWithFlags", "executable graph flags:u64"),
+        declare("cuGraphLaunch", "executable stream"),
+        declare("cuGraphDestroy", "graph"),
+        declare("cuGraphExecDestroy", "executable"),
         declare("cuMemsetD8Async", "address value:u32 bytes:size stream"),
         declare(
             "cuTensorMapEncodeTiled",
@@ -250,6 +258,17 @@ class KernelCache:
                 ctypes.byref(blocks), kernel.function, threads, shared_bytes
             )
         return blocks.value
+
+    def owns(self, stream: int) -> bool:
+        """Whether launches on ``stream`` run in this device's primary context, on all of it.
+
+        False for a stream of a green context, which has a part of the multiprocessors.
+        """
+        if stream in _DEFAULT_STREAMS:
+            return True
+        context = ctypes.c_void_p(None)
+        self.cuda.cuStreamGetCtx(stream, ctypes.byref(context))
+        return context.value == self._context
 
     def device_of_stream(self, stream: int) -> int:
         """Return CUDA's number of the device that a stream belongs to.

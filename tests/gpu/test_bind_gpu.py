@@ -14,6 +14,8 @@ from .common import BACKENDS, assert_same, data, reference, to_host, to_torch, w
 pytestmark = pytest.mark.gpu
 
 N, K, M = 192, 256, 48
+#: Calls of which the last two launch a recording.
+CALLS = 5
 
 
 @pytest.fixture(params=BACKENDS)
@@ -24,6 +26,10 @@ def plan(request):
 
 def expected_for(x):
     return reference(weight(0, N, K, "6:8"), "6:8", x, "int8")
+
+
+def is_recorded(bound):
+    return bound._replay_stream >= 0
 
 
 def buffers(tokens=M):
@@ -38,7 +44,7 @@ def test_int8_to_the_bit_with_the_data_of_now(plan, tokens):
     x, out = buffers(tokens)
     bound = plan.bind(x, out)
     made = plan.bind(x)
-    for seed in range(3):
+    for seed in range(CALLS):
         values = data(seed, (tokens, K), "bfloat16")
         x.copy_(to_torch(values))
         out.fill_(7)
@@ -70,7 +76,13 @@ def test_it_computes_what_a_run_computes(backend, dtype):
                 [whole[:, 1 : N + 1] for whole in (wide, wide.clone())],
             )
             for out, other in pairs:
-                assert torch.equal(plan.bind(x, out)(), plan.run(x, out=other))
+                bound = plan.bind(x, out)
+                plan.run(x, out=other)
+                for _ in range(CALLS):
+                    assert torch.equal(bound(), other)
+                    out.fill_(7)
+                assert is_recorded(bound)
+                bound()
             assert (wide[:, 0] == 7).all()
             assert (wide[:, N + 1 :] == 7).all()
 
@@ -86,7 +98,10 @@ def test_a_run_in_parts():
         ) as plan:
             bound = plan.bind(to_torch(values))
             assert len(bound._parts) > 1
-            assert_same(to_host(bound()), expected_for(values))
+            for _ in range(CALLS):
+                bound.out.fill_(7)
+                assert_same(to_host(bound()), expected_for(values))
+            assert is_recorded(bound)
 
 
 def test_a_graph_of_a_bound_run(plan):
@@ -172,7 +187,7 @@ def test_two_streams_at_once(plan):
     # A stream that is given waits for the current one at each call.
     x, out = buffers()
     given = plan.bind(x, out, stream=streams[0])
-    for seed in range(3):
+    for seed in range(CALLS):
         fresh = data(seed, (M, K), "bfloat16")
         x.copy_(to_torch(fresh))
         given()
@@ -233,11 +248,109 @@ def test_after_close():
     for backend in ("dense", "cusparselt"):
         with ss.SparseGemmPlan(weight(0, N, K, "6:8"), "6:8", backend=backend) as plan:
             bound = plan.bind(x, out)
-            bound()
+            for _ in range(CALLS):
+                bound()
         out.fill_(7)
         with pytest.raises(ss.PlanClosed):
             bound()
         assert (out == 7).all()
+
+
+def test_recordings_follow_the_workspace(plan):
+    """A larger run on the stream moves it; what was recorded before is not launched again."""
+    import torch
+
+    x, out = buffers()
+    bound = plan.bind(x, out)
+    for seed in range(3):
+        for _ in range(CALLS):
+            values = data(seed, (M, K), "bfloat16")
+            x.copy_(to_torch(values))
+            out.fill_(7)
+            bound()
+            assert_same(to_host(out), expected_for(values))
+        assert is_recorded(bound)
+        # On the same stream, with recordings still to run.
+        for _ in range(20):
+            bound()
+        plan.run(torch.ones((3000 << seed, K), dtype=torch.bfloat16, device="cuda"))
+        trash = torch.full((1 << 24,), 7, dtype=torch.uint8, device="cuda")
+        bound()
+        assert_same(to_host(out), expected_for(values))
+        del trash
+
+
+def test_recordings_beside_a_capture_of_another_thread(plan):
+    """In PyTorch's global mode, in which much of what any thread does would spoil the capture."""
+    import torch
+
+    x, out = buffers()
+    values = data(6, (M, K), "bfloat16")
+    x.copy_(to_torch(values))
+    mine, theirs = torch.cuda.Stream(), torch.cuda.Stream()
+    bounds = []
+    with torch.cuda.stream(theirs):
+        for calls in (0, 3, CALLS):  # records, launches for the first time, or only launches
+            bound = plan.bind(x, torch.full_like(out, 7), stream=theirs)
+            for _ in range(calls):
+                bound()
+            bounds.append(bound)
+    captured = plan.bind(x, out, stream=mine)
+    plan.prepare([M], stream=mine)
+    torch.cuda.synchronize()
+    begun, done = threading.Event(), threading.Event()
+    problems = []
+
+    def work():
+        begun.wait()
+        try:
+            with torch.cuda.stream(theirs):
+                for bound in bounds:
+                    for _ in range(CALLS):
+                        bound()
+        except BaseException as error:
+            problems.append(repr(error))
+        done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=mine, capture_error_mode="global"):
+        captured()
+        begun.set()
+        done.wait()
+        captured()
+    thread.join()
+    assert not problems
+    out.fill_(7)
+    graph.replay()
+    torch.cuda.synchronize()
+    for found in (out, *(bound.out for bound in bounds)):
+        assert_same(to_host(found), expected_for(values))
+    assert all(is_recorded(bound) for bound in bounds)
+
+
+def test_recordings_give_their_memory_back(plan):
+    """Of the device and of the host, whether they have run or are still running."""
+    import psutil
+    import torch
+
+    x, out = buffers()
+
+    def use(times):
+        for _ in range(times):
+            bound = plan.bind(x, out)
+            for _ in range(CALLS):
+                bound()
+            assert is_recorded(bound)
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info()[0], psutil.Process().memory_info().rss
+
+    use(200)
+    before, host = use(50)
+    after, host_after = use(300)
+    assert before - after < 1 << 20
+    assert host_after - host < 4 << 20
 
 
 def test_memory_that_was_exchanged(plan):
