@@ -436,14 +436,17 @@ def driver_calls(index: int) -> list[tuple[str, str, Callable[[], object]]]:
 
         return run
 
-    def on(stream: int) -> None:
+    def set_stream(stream: int) -> None:
         for one in (fixed, early):
             one.set_stream(stream)
+
+    def launch_both(stream: int) -> None:
+        set_stream(stream)
         checked(fixed, early)()
 
     with kernels.current():
-        recording = Recording(cuda, on)
-    on(0)
+        recording = Recording(cuda, launch_both)
+    set_stream(0)
     graph = recording.on(0)
 
     def repeat() -> None:
