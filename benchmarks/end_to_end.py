@@ -4,11 +4,12 @@
 
 Qwen2.5-7B's architecture (decoder.py) with random weights, each layer its own.  Sides: ``bf16`` is
 torch's linear layer; ``dense`` is SparseGemmPlan(backend="dense") in fp8 with both scale vectors
-fused, so quantization is our kernel's too, the strongest dense side there is; a sparse side is
-SparseGemmPlan(backend="auto") on the same weights pruned.  **Prefill**: M tokens as sequences of at
-most --sequence tokens, logits of the last of each.  **Decode**: one token for each of M sequences
-that have --context tokens behind them.  A pass is one CUDA graph.  Sides take turns; each replays
-for at least --seconds a round, and the median round is the figure.
+fused, so quantization is our kernel's too, the strongest dense side there is; a sparse side, one
+for each format, is SparseGemmPlan(backend="auto") on the same weights pruned.  **Prefill**: M
+tokens as sequences of at most --sequence tokens, logits of the last of each.  **Decode**: one token
+for each of M sequences that have --context tokens behind them.  A pass is one CUDA graph.  The
+sides of a pattern take turns; each replays for at least --seconds a round, and the median round is
+the figure.
 
 ``linear_us`` is a graph of the linear layers alone, on inputs of their own: what is left of the
 pass is attention, norms, gates and the head, the same on all sides.
@@ -180,13 +181,14 @@ class Runner:
                 done, started = 0, time.perf_counter()
                 graph.replay()
                 torch.cuda.synchronize()
+                # A few at a time, so that the host is never what is timed.
+                together = 4 if 4 * (time.perf_counter() - started) < self.seconds else 1
                 begin.record()
                 while done == 0 or time.perf_counter() - started < self.seconds:
-                    # A few at a time, so that the host is never what is timed.
-                    for _ in range(4):
+                    for _ in range(together):
                         graph.replay()
-                    done += 4
-                    if done % 16 == 0:
+                    done += together
+                    if together == 1 or done % 16 == 0:
                         torch.cuda.synchronize()
                 end.record()
                 torch.cuda.synchronize()
@@ -194,13 +196,19 @@ class Runner:
         return found
 
 
-def linear_work(side: Side, sizes: Sizes, tokens: int, device: str) -> Callable[[], None]:
-    """All linear layers of a pass, on inputs of their own."""
+def linear_inputs(sizes: Sizes, tokens: int, device: str) -> dict[str, torch.Tensor]:
+    """What the linear layers alone are run on."""
     draw = torch.Generator(device=device).manual_seed(1)
-    inputs = {
-        key: torch.randn((tokens, sizes.layer(key)[1]), device=device, generator=draw).bfloat16()
+    return {
+        key: torch.empty(
+            (tokens, sizes.layer(key)[1]), dtype=torch.bfloat16, device=device
+        ).normal_(generator=draw)
         for key in LAYERS
     }
+
+
+def linear_work(side: Side, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """All linear layers of a pass, on inputs of their own."""
 
     def work() -> None:
         for block in side.linears:
@@ -261,11 +269,12 @@ def measure(
     cases = [("prefill", m) for m in options.prefill] + [("decode", m) for m in options.decode]
     for phase, m in cases:
         whole, linear = {}, {}
+        inputs = linear_inputs(sizes, m, str(tables[0].device))
         for side in sides:
             for plan in side.plans:
                 plan.prepare([m], x_dtype="bfloat16", stream=runner.stream)
             whole[side.name] = runner.capture(passes(side, sizes, tables, options, phase, m))
-            linear[side.name] = runner.capture(linear_work(side, sizes, m, str(tables[0].device)))
+            linear[side.name] = runner.capture(linear_work(side, inputs))
         times, alone = runner.times(whole), runner.times(linear)
         medians = {name: statistics.median(found) for name, found in times.items()}
         for side in sides:
@@ -338,6 +347,8 @@ def main() -> None:
     }
     with torch.inference_mode():
         for pattern in options.patterns:
+            sides = []
+            cosines: dict[str, float] = {}
             for dtype in options.dtypes:
                 side = plan_side(
                     f"{pattern} {dtype}",
@@ -348,18 +359,22 @@ def main() -> None:
                     tuning=options.tuning,
                     workspace=workspace,
                 )
-                alike = check(side, weights, pattern, sizes, tables)
-                print(f"{side.name}: cosine of logits with bf16 {alike:.4f}", flush=True)
-                for row in measure([bf16_side(weights), dense, side], sizes, tables, options):
-                    known = {"pattern": pattern, "dtype": dtype, "cosine": alike}
-                    document["rows"].append(row | known)
-                    print(
-                        f"{pattern} {dtype} {row['phase']} M={row['m']} {row['side']}: "
-                        f"{row['us']:.0f} us, {row['tokens_per_s']:.0f} tokens/s, linear layers "
-                        f"{row['linear_us']:.0f} us, {row['ratio']}",
-                        flush=True,
-                    )
-                    write_json(options.output, document)
+                sides.append(side)
+                cosines[side.name] = check(side, weights, pattern, sizes, tables)
+                print(
+                    f"{side.name}: cosine of logits with bf16 {cosines[side.name]:.4f}", flush=True
+                )
+            for row in measure([bf16_side(weights), dense, *sides], sizes, tables, options):
+                known = {"pattern": pattern, "cosine": cosines.get(row["side"])}
+                document["rows"].append(row | known)
+                print(
+                    f"{pattern} {row['phase']} M={row['m']} {row['side']}: "
+                    f"{row['us']:.0f} us, {row['tokens_per_s']:.0f} tokens/s, linear layers "
+                    f"{row['linear_us']:.0f} us, {row['ratio']}",
+                    flush=True,
+                )
+                write_json(options.output, document)
+            for side in sides:
                 side.close()
     dense.close()
     workspace.close()

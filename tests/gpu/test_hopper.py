@@ -95,6 +95,29 @@ def test_every_kernel_is_exact(draw, pair):
             result.words.fill_(7)
 
 
+@pytest.mark.parametrize(
+    "pair", PAIRS, ids=lambda pair: f"{pair[1]}-{pair[2]}-{pair[0].name}".replace(" ", "_")
+)
+def test_every_kernel_on_few_multiprocessors(draw, pair, monkeypatch):
+    """Blocks that work on several tiles though the product is small; for sanitizers too."""
+    import torch
+
+    config, dtype, out_type = pair
+    kernels = kernels_of(0)
+    monkeypatch.setattr(kernels, "limits", replace(kernels.limits, sm_count=2))
+    row_bytes = least_row_bytes(config) + 512
+    stream = torch.cuda.current_stream().cuda_stream
+    n, m = 2 * config.rows + 8, 2 * config.tokens + 5
+    operands = Operands(draw, dtype, n, row_bytes, m, bias=True)
+    result = Result(operands, config, out_type, n + 8, 0)
+    assert result.gemm.tiling.items > result.gemm.tiling.blocks
+    expected = operands.exact(out_type)
+    for _ in range(2):
+        result.launch(stream)
+        result.check(expected)
+        result.words.fill_(7)
+
+
 @pytest.mark.parametrize("config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, split=True)])
 def test_int8_sums_of_every_size(draw, config):
     """Up to the largest that K allows: far beyond what float32 counts in ones."""
