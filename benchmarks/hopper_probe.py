@@ -38,6 +38,9 @@ from slidesparse_rt.pattern import Pattern
 
 Launch = Callable[[], None]
 
+#: Rows of memory after the tokens, which a plan's workspace has too: the last tile reads them.
+_MORE_ROWS = 256
+
 
 class Hopper:
     """The layers of a model, packed, with quantized tokens."""
@@ -70,7 +73,7 @@ class Hopper:
                 gpu.synchronize()
             weight.drop_values()
             row_length = -(-pattern.slid_k(layer.k) * size // 16) * 16 // size
-            q = gpu.allocate(tokens * row_length * size)
+            q = gpu.allocate((tokens + _MORE_ROWS) * row_length * size)
             scales, y = gpu.allocate(tokens * 4), gpu.allocate(tokens * layer.n * 2)
             x = gpu.random(tokens * layer.k * 2, BF16)
             Quantizer(self._kernels, layer.k, BF16, dtype, pattern, row_length)(
@@ -91,7 +94,15 @@ class Hopper:
         gpu.set_bytes(counters.pointer, 0, counters.nbytes)
         self._held += [partials, counters]
         gemm = HopperGemm(
-            self._kernels, self._dtype, BF16, layer.n, slid_bytes, row_bytes, self._tokens, config
+            self._kernels,
+            self._dtype,
+            BF16,
+            layer.n,
+            slid_bytes,
+            row_bytes,
+            self._tokens,
+            config,
+            readable=self._tokens + _MORE_ROWS,
         )
         scaled = operand(self._dtype).scaled
 
