@@ -102,6 +102,15 @@ def test_drivers_that_lose_it_in_graphs_are_not_asked_for_an_early_start(kernels
     assert kernels.cuda.launches[0]["attributes"] == []
 
 
+def test_many_tokens_wait_for_the_kernel_before(kernels):
+    """Blocks must come to multiprocessors in order, for the sake of L2."""
+    for tokens in (1, 256, 257, 16384):
+        gemm = HopperGemm(kernels, "int8", "bfloat16", 256, 512, 512, tokens, HopperConfig(128, 2))
+        gemm(*OPERANDS, 0x6000, 256, *REST)
+    early = [launch["attributes"] for launch in kernels.cuda.launches]
+    assert early == [[(6, 1)], [(6, 1)], [], []]
+
+
 def test_no_more_blocks_than_multiprocessors(kernels):
     config = HopperConfig(128, 2)
     for tokens, blocks in ((1, 16), (1024, 128), (1025, 132), (70_000, 132)):

@@ -27,7 +27,7 @@ from .record import Budget, Record
 from .sides import AUTO, DENSE, GpuSide, utc_now
 from .timing import Gpu
 
-__all__ = ["FLOOR", "PipelineSettings", "Promise", "promises", "run_pipeline"]
+__all__ = ["FLOOR", "PipelineSettings", "Promise", "noise", "promises", "run_pipeline"]
 
 #: Least speed of "auto" over dense that is promised.
 FLOOR = 0.98
@@ -143,15 +143,50 @@ class Promise:
 
 
 def promises(rows: Iterable[Mapping[str, Any]]) -> list[Promise]:
-    """Auto against dense, and against the fastest single backend of each row; none without rows."""
-    ratios: dict[str, list[tuple[float, Mapping[str, Any]]]] = {}
+    """Auto against dense, and against the fastest single backend of each row; none without rows.
+
+    A backend that auto ran in every layer is left out: these are the same kernels twice, and what
+    they differ by is in :func:`noise`.
+    """
+    dense: list[tuple[float, Mapping[str, Any]]] = []
+    single: list[tuple[float, Mapping[str, Any]]] = []
     for row in rows:
         us = dict(row["us"])
         auto = us.pop(AUTO, None)
-        if auto is not None:
-            ratios.setdefault("dense", []).append((us[DENSE] / auto, row))
-            single = (min(us.values()) / auto, row)
-            ratios.setdefault("the fastest single backend", []).append(single)
+        if auto is None:
+            continue
+        us.pop(_alone(row), None)
+        if DENSE in us:
+            dense.append((us[DENSE] / auto, row))
+        if us:
+            single.append((min(us.values()) / auto, row))
+    against = {"dense": dense, "the fastest single backend": single}
     return [
-        Promise(against, *min(found, key=lambda pair: pair[0])) for against, found in ratios.items()
+        Promise(name, *min(found, key=lambda pair: pair[0]))
+        for name, found in against.items()
+        if found
     ]
+
+
+def noise(rows: Iterable[Mapping[str, Any]]) -> str:
+    """How auto compares with the backend that it ran in every layer, for people; "" without rows.
+
+    These are the same kernels on the same numbers at other addresses: what a measurement is worth.
+    """
+    found = [
+        row["us"][alone] / row["us"][AUTO]
+        for row in rows
+        if (alone := _alone(row)) in row["us"] and AUTO in row["us"]
+    ]
+    if not found:
+        return ""
+    return (
+        f"auto is {min(found):.3f} to {max(found):.3f} x as fast as the backend that it ran in "
+        f"every layer, measured beside it ({len(found)} cases): the same kernels, so that is noise"
+    )
+
+
+def _alone(row: Mapping[str, Any]) -> str:
+    """The backend that auto ran in every layer of a row; "" where there are several."""
+    ran = set(row.get("layer_how", {}).get(AUTO, {}).values())
+    return ran.pop() if len(ran) == 1 else ""

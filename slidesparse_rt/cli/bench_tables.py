@@ -92,7 +92,7 @@ def _gemm_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
 
 def _pipeline_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
     """One line for each case, every side beside dense, and where "auto" is at its slowest."""
-    from ..bench.pipeline import promises
+    from ..bench.pipeline import noise, promises
     from .console import show_table
 
     sides = list(dict.fromkeys(side for row in rows for side in row["us"]))
@@ -105,8 +105,9 @@ def _pipeline_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
         lines.append([*line, "-" if ratio is None else f"{ratio:.3f}", "+".join(runs) or "-"])
     titles = ["model", "pattern", "dtype", "mode", "M", *(f"{side}\nus" for side in sides)]
     show_table(screen, [*titles, "auto over\ndense", "auto runs"], lines, left=4)
-    for promise in promises(rows):
-        screen.print(str(promise), soft_wrap=True)
+    for line in (*map(str, promises(rows)), noise(rows)):
+        if line:
+            screen.print(line, soft_wrap=True)
 
 
 def _packing_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:

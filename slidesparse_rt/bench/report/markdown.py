@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ...pattern import PATTERNS
 from ..packing import targets
-from ..pipeline import promises
+from ..pipeline import noise, promises
 from ..sides import AUTO, DENSE
 from .results import BOTH, Case, Key, Measured, Result, merged, products, stages
 
@@ -208,7 +208,9 @@ def auto_against_dense(results: Sequence[Result]) -> str:
             made = ratios(own, AUTO, "op", mode)
             if made:
                 text += f"{model}, {mode}:\n\n{made}\n\n"
-    shown = "".join(f"- {promise}\n" for promise in promises(case.row for case in rows.values()))
+    found = [case.row for case in rows.values()]
+    lines = (*map(str, promises(found)), noise(found))
+    shown = "".join(f"- {line}\n" for line in lines if line)
     return f"{text}Of {len(rows)} cases:\n\n{shown}\n"
 
 
