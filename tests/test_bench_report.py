@@ -18,6 +18,7 @@ from slidesparse_rt.errors import FormatError, MissingPackage, OptionError
 ROOT = Path(__file__).resolve().parents[1]
 H100 = {"name": "NVIDIA H100 80GB HBM3", "driver": "580.1"}
 LAYERS = ["qkv", "o", "gate_up", "down"]
+MODELS = ["end-to-end-qwen2.5-7b-h100", "accuracy-h100"]
 FUSED = {"hopper": "bfloat16 results, both scale vectors fused", "dense": "int32 sums"}
 
 
@@ -377,14 +378,17 @@ def test_options_that_do_not_go_together(run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def home(tmp_path):
-    """A checkout with the pages of this one, and of results those of the H200 and of the CPU."""
+    """A checkout with the pages of this one, and of results those of the H200, of the CPU and of
+    whole models.
+    """
     (tmp_path / "docs" / "plots").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    for name in ("performance.md", "packing-speed.md"):
+    for name in ("performance.md", "packing-speed.md", "end-to-end.md", "accuracy.md"):
         shutil.copy(ROOT / "docs" / name, tmp_path / "docs")
     shutil.copy(ROOT / "benchmarks" / "published-h100.json", tmp_path / "benchmarks")
     for path in (ROOT / "benchmarks" / "results").iterdir():
-        if path.name.endswith("h200.json") or path.name == "packing-cpu.json":
+        wanted = ("h200.json", "packing-cpu.json", "accuracy-h100.json")
+        if path.name.endswith(wanted) or path.name.startswith("end-to-end-h100"):
             shutil.copy(path, tmp_path / "benchmarks" / "results")
     return page.Checkout(tmp_path)
 
@@ -400,7 +404,7 @@ def test_pages_without_files_of_an_h100(home):
     text = home.rendered()[home.docs / "performance.md"]
     # Files of version 1, whose ratios are numbers, give what they always gave.
     assert "| int8 | 6:8 | 1.33 | 0.97 | 0.98 | 0.86 | 0.92 | 0.89 | 0.92 |" in text
-    assert home.charts() == []
+    assert [chart.name for chart in home.charts()] == MODELS
     page.write_pages(home)
     assert page.outdated(home) == []
 

@@ -104,7 +104,7 @@ def test_sides_of_plans_run_the_pruned_weights(weights: Any, tables: Any, dtype:
         options = argparse.Namespace(sequence=6, context=4, no_compile=True)
         work = bench.passes(side, SIZES, tables, options, phase, m)
         assert work().shape == (shape, SIZES.vocabulary)
-    bench.linear_work(side, SIZES, 7, "cpu")()
+    bench.linear_work(side, bench.linear_inputs(SIZES, 7, "cpu"))()
     plan = side.plans[0]
     side.close()
     with pytest.raises(ss.PlanClosed):

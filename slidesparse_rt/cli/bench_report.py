@@ -55,7 +55,8 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="[FILES]...",
-            help="Result files. Without any, in a checkout: write docs/performance.md, "
+            help="Result files, those of benchmarks/end_to_end.py and accuracy.py too. Without "
+            "any, in a checkout: write docs/performance.md, docs/end-to-end.md, docs/accuracy.md, "
             "docs/packing-speed.md and docs/plots/ again from benchmarks/results/.",
         ),
     ] = None,

@@ -7,25 +7,34 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ..pipeline import FLOOR
 from ..sides import AUTO, DENSE
-from .markdown import DTYPES, patterns_of
+from .accuracy import METHODS, UNPRUNED, Costs, costs
+from .markdown import DTYPES, patterns_of, short
+from .passes import GOAL, GOAL_PATTERN, GOAL_TOKENS, PHASES, Group, groups
 from .results import Key, Measured, Result, merged, products, stages
 
 __all__ = [
+    "AccuracyChart",
+    "AccuracyPanel",
     "Bar",
     "BreakdownChart",
     "Chart",
     "Line",
+    "PassChart",
+    "PassPanel",
     "RateChart",
     "RateRow",
     "SpeedChart",
     "SpeedPanel",
+    "accuracy_charts",
     "breakdown_charts",
     "charts_of",
     "digest",
+    "pass_charts",
     "rate_chart",
     "speed_charts",
 ]
@@ -101,7 +110,61 @@ class RateChart:
     rows: tuple[RateRow, ...]
 
 
-Chart = SpeedChart | BreakdownChart | RateChart
+@dataclass(frozen=True, slots=True)
+class PassPanel:
+    """Whole passes of one phase at one pattern.
+
+    Attributes
+    ----------
+    title, tokens:
+        Words above the panel and below its axis.
+    lines:
+        (operand format, ((M, speed over dense fp8), ...)).
+    bound:
+        (M, what Amdahl's law allows).
+    wanted:
+        (M, what was wanted).
+    """
+
+    title: str
+    tokens: str
+    lines: tuple[tuple[str, tuple[tuple[int, float], ...]], ...]
+    bound: tuple[tuple[int, float], ...]
+    wanted: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassChart:
+    """Speed of whole passes against M, a row of panels for each phase."""
+
+    name: str
+    title: str
+    rows: tuple[tuple[PassPanel, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyPanel:
+    """One operand format: (method, ((pattern, kept share, more bits per byte), ...)).
+
+    ``unpruned`` is what the format costs alone, or ``None``.
+    """
+
+    title: str
+    lines: tuple[tuple[str, tuple[tuple[str, float, float], ...]], ...]
+    unpruned: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class AccuracyChart:
+    """What pruning costs against the kept share of weights, of the file ``source``."""
+
+    name: str
+    title: str
+    source: str
+    panels: tuple[AccuracyPanel, ...]
+
+
+Chart = SpeedChart | BreakdownChart | RateChart | PassChart | AccuracyChart
 
 
 def digest(chart: Chart) -> str:
@@ -114,7 +177,9 @@ def charts_of(results: Sequence[Result]) -> list[Chart]:
     """Every chart that results of one machine allow."""
     found: list[Chart] = [*speed_charts(results), *breakdown_charts(results)]
     rates = rate_chart(results)
-    return found if rates is None else [*found, rates]
+    if rates is not None:
+        found.append(rates)
+    return [*found, *pass_charts(results), *accuracy_charts(results)]
 
 
 def _slug(*parts: str) -> str:
@@ -238,3 +303,82 @@ def rate_chart(results: Sequence[Result]) -> RateChart | None:
         )
     title = f"Rates of the kernels beside the product, on one {results[0].machine}"
     return RateChart(_slug("rates", results[0].machine), title, tuple(rows))
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+def pass_charts(results: Sequence[Result]) -> list[PassChart]:
+    """One for each model of "end-to-end" results."""
+    found = []
+    every = groups(results)
+    for model in dict.fromkeys(group.model for group in every):
+        own = [group for group in every if group.model == model]
+        rows = []
+        for phase in PHASES:
+            panels = tuple(_pass_panel(group, phase) for group in own)
+            drawn = tuple(panel for panel in panels if panel.lines)
+            if drawn:
+                rows.append(drawn)
+        if rows:
+            machine = results[0].machine
+            title = f"Whole passes against dense fp8: {model} on one {machine}"
+            found.append(PassChart(_slug("end-to-end", model, machine), title, tuple(rows)))
+    return found
+
+
+def _pass_panel(group: Group, phase: str) -> PassPanel:
+    tokens = group.tokens(phase)
+    lines = []
+    for dtype in group.dtypes:
+        ratios = ((m, group.ratio(phase, m, group.side(dtype))) for m in tokens)
+        points = tuple((m, ratio) for m, ratio in ratios if ratio is not None)
+        if len(points) >= _FEWEST:
+            lines.append((short(dtype), points))
+    bounds = ((m, group.bound(phase, m)) for m in tokens)
+    wanted: tuple[tuple[int, float], ...] = ()
+    if phase == "decode":
+        wanted = tuple((m, FLOOR) for m in tokens)
+    elif group.pattern.name == GOAL_PATTERN:
+        wanted = tuple((m, GOAL) for m in tokens if m >= GOAL_TOKENS)
+    return PassPanel(
+        f"{phase}, {group.pattern}",
+        "M (tokens)" if phase == "prefill" else "M (sequences, a token each)",
+        tuple(lines),
+        tuple((m, bound) for m, bound in bounds if bound is not None),
+        wanted,
+    )
+
+
+def accuracy_charts(results: Sequence[Result]) -> list[AccuracyChart]:
+    """One for each "accuracy" result."""
+    charts: list[AccuracyChart] = []
+    for found in costs(results):
+        drawn = tuple(panel for panel in map(partial(_cost_panel, found), found.dtypes) if panel)
+        if drawn:
+            machine = found.result.machine
+            more = [] if not charts else [str(len(charts) + 1)]
+            title = f"What pruning costs a small language model, on one {machine}"
+            charts.append(
+                AccuracyChart(_slug("accuracy", machine, *more), title, found.result.name, drawn)
+            )
+    return charts
+
+
+def _cost_panel(found: Costs, dtype: str) -> AccuracyPanel | None:
+    """``None`` where less than three patterns of every method have run.
+
+    An axis of powers has no room for 0 and less; the table has them.
+    """
+    lines = []
+    for method in METHODS:
+        points = []
+        for pattern in found.patterns:
+            more = found.more(pattern.name, dtype, method)
+            if pattern.name != UNPRUNED and more is not None and more > 0:
+                points.append((pattern.name, pattern.keep / pattern.group, more))
+        if len(points) >= _FEWEST:
+            lines.append((method, tuple(points)))
+    unpruned = found.more(UNPRUNED, dtype, METHODS[0])
+    own = unpruned if unpruned and unpruned > 0 else None
+    return AccuracyPanel(dtype, tuple(lines), own) if lines else None

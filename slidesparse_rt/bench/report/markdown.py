@@ -25,6 +25,7 @@ __all__ = [
     "product_sections",
     "quantize",
     "ratios",
+    "short",
     "source",
     "table",
 ]
@@ -38,6 +39,11 @@ _COLUMNS = (("gemm", "int8"), ("gemm", "fp8_e4m3"), ("op", "int8"), ("op", "fp8_
 _NAMED = 6
 #: Elements of x from which a launch of the quantize kernel is listed.
 _FULL = 1 << 26
+
+
+def short(dtype: str) -> str:
+    """A format as tables name it."""
+    return SHORT.get(dtype, dtype)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

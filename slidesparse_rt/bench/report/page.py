@@ -2,7 +2,8 @@
 
 Pages hold text that people wrote, and sections between ``<!-- measured: NAME -->`` and
 ``<!-- measured: end -->`` that are made from benchmarks/results/ and nothing else.  The sections
-"h100" have every file of that GPU by its name: gemm-*h100.json, gemm-*h100-2.json and so on.
+"h100", "end-to-end" and "accuracy" have every file of that GPU by its name: gemm-*h100.json,
+gemm-*h100-2.json and so on.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from typing import Any
 
 from ...errors import FormatError, OptionError
 from ..record import checkout
-from . import markdown
-from .charts import BreakdownChart, Chart, RateChart, SpeedChart, charts_of, digest
+from . import accuracy, markdown, passes
+from .charts import (
+    AccuracyChart,
+    BreakdownChart,
+    Chart,
+    PassChart,
+    RateChart,
+    SpeedChart,
+    charts_of,
+    digest,
+)
 from .markdown import source, table
 from .published import against_published
-from .results import Result, machines, products, read_result
+from .results import SCRIPTS, Result, machines, products, read_result
 
 __all__ = ["Checkout", "outdated", "own_checkout", "write_pages", "write_report"]
 
@@ -95,17 +105,45 @@ def _sections(results: Sequence[Result], charts: Sequence[Chart], suffix: str, f
         found.append((f"Quantize and lift on the {machine}", text))
     if any(result.what == "overhead" for result in results):
         found.append((f"Host time beside the {machine}", markdown.overhead(results)))
+    found += _models(results, charts, suffix)
     for result in results:
         if result.what == "packing":
             found.append(("Packing", markdown.packing(result)))
     shown = [f"### {title}\n\n{text.rstrip()}" for title, text in found if text]
     files = [
         f"{markdown.left_out(result)}{source(result, folder)}"
-        for kind in _KINDS
+        + (f"\n\n{passes.conditions(result)}" if result.what == "end-to-end" else "")
+        for kind in (*_KINDS, *SCRIPTS)
         for result in results
         if result.what == kind
     ]
     return "\n\n".join([*shown, f"### Sources: {machine}", *files])
+
+
+def _models(
+    results: Sequence[Result], charts: Sequence[Chart], suffix: str
+) -> list[tuple[str, str]]:
+    """Titles and texts of what whole models were measured for."""
+    machine = results[0].machine
+    speeds = passes.speeds(results)
+    found = [
+        (
+            f"Whole passes on the {machine}",
+            speeds and f"{_pictures(charts, PassChart, suffix)}{speeds}",
+        ),
+        (f"Where a pass's time goes on the {machine}", passes.breakdown(results)),
+        (f"Memory of linear layers on the {machine}", passes.memory(results)),
+    ]
+    every = accuracy.costs(results)
+    for own in every:
+        drawn = [chart for chart in charts if isinstance(chart, AccuracyChart)]
+        pictures = _pictures(
+            [chart for chart in drawn if chart.source == own.result.name], AccuracyChart, suffix
+        )
+        more = f": {own.result.name}" if len(every) > 1 else ""
+        title = f"What pruning costs, on the {machine}{more}"
+        found.append((title, f"{pictures}{accuracy.accuracy(own)}"))
+    return found
 
 
 def _against_dense(results: Sequence[Result], charts: Sequence[Chart], suffix: str) -> str:
@@ -164,12 +202,14 @@ class Checkout:
                 "checks": partial(self._checks, "gpu-checks-h200.json"),
             },
             self.docs / "packing-speed.md": {"packing": self._packing},
+            self.docs / "end-to-end.md": {"end-to-end": partial(self._scripts, "end-to-end")},
+            self.docs / "accuracy.md": {"accuracy": partial(self._scripts, "accuracy")},
         }
 
     def rendered(self) -> dict[Path, str]:
         """Every page with its sections made anew.
 
-        Raises FormatError for a page without its markers.
+        Raises FormatError for a page without its markers, and without files that it shows.
         """
         return {
             path: _filled(path, path.read_text(encoding="utf-8"), sections)
@@ -178,22 +218,37 @@ class Checkout:
 
     def charts(self) -> list[Chart]:
         """The plots that the pages show."""
-        results = self._of_h100()
-        return charts_of(results) if results else []
+        every = [self._of_h100(), *(self._scripted(what) for what in SCRIPTS)]
+        return [chart for results in every if results for chart in charts_of(results)]
 
     def read(self, name: str) -> Result:
         """A result file by its name."""
         return read_result(self.results / name)
 
-    def _of_h100(self) -> list[Result]:
+    def _of_h100(self, kinds: Sequence[str] = _KINDS) -> list[Result]:
         """The files of the H100, those of one measurement in the order of their numbers."""
         found = {}
         for path in self.results.glob("*.json"):
-            match = re.fullmatch(r"([a-z]+)((?:-[a-z]+)*)-h100(?:-(\d+))?\.json", path.name)
-            if match and match[1] in _KINDS:
-                order = (_KINDS.index(match[1]), match[2], int(match[3] or 1))
-                found[order] = path
+            match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)-h100(?:-(\d+))?\.json", path.name)
+            for kind in kinds:
+                if match and (match[1] == kind or match[1].startswith(f"{kind}-")):
+                    order = (kinds.index(kind), match[1], int(match[2] or 1))
+                    found[order] = path
         return [read_result(found[order]) for order in sorted(found)]
+
+    def _scripted(self, what: str) -> list[Result]:
+        """The files of a script; FormatError where there is none."""
+        found = self._of_h100([what])
+        if not found:
+            raise FormatError(
+                f"{self.results} has no {what}-h100.json, which {self.docs / what}.md shows; get "
+                f"it back, or measure it with benchmarks/{what.replace('-', '_')}.py"
+            )
+        return found
+
+    def _scripts(self, what: str) -> str:
+        results = self._scripted(what)
+        return _sections(results, charts_of(results), "svg", "../benchmarks/results")
 
     def _h100(self) -> str:
         results = self._of_h100()

@@ -8,42 +8,34 @@ which version drew it.
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ...errors import MissingPackage, OptionError
-from .charts import BreakdownChart, Chart, RateChart, SpeedChart, SpeedPanel, digest
+from .charts import (
+    BreakdownChart,
+    Chart,
+    PassChart,
+    RateChart,
+    SpeedChart,
+    SpeedPanel,
+    digest,
+)
+from .looks import COLOURS, DASHES, DOTS, GREY, MARKERS, STYLE, grid_below, token_axis
+from .model_plots import draw_accuracy, draw_passes
 from .results import BOTH
 
 __all__ = ["FORMATS", "draw", "save"]
 
 FORMATS = ("svg", "png")
-#: Okabe and Ito's colours, which people with colour-blind eyes tell apart, the darker ones first.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-#: The patterns that have them.
+#: The patterns that have :data:`COLOURS` of their own.
 _OWN_COLOURS = ("2:4", "4:6", "6:8", "8:10", "14:16", "10:12", "dense")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "#666666"
-_DASHES = (0, (5, 4))
 _STAGE_COLOURS = {
     "product": "#0072B2",
     "quantize and lift": "#E69F00",
     "second pass": "#D55E00",
     BOTH: "#CC79A7",
-}
-_STYLE: dict[str, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    # Names inside the file are made from this instead of from chance.
-    "svg.hashsalt": "slidesparse_rt",
 }
 
 
@@ -77,15 +69,19 @@ def draw(chart: Chart, kind: str = "svg") -> bytes:
         ) from None
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(STYLE)
         figure = Figure(layout="constrained")
         FigureCanvasAgg(figure)
         if isinstance(chart, SpeedChart):
             _speed(figure, chart)
         elif isinstance(chart, BreakdownChart):
             _breakdown(figure, chart)
-        else:
+        elif isinstance(chart, RateChart):
             _rates(figure, chart)
+        elif isinstance(chart, PassChart):
+            draw_passes(figure, chart)
+        else:
+            draw_accuracy(figure, chart)
         figure.suptitle(chart.title, fontsize=12, fontweight="bold")
         written = io.BytesIO()
         if kind == "svg":
@@ -139,17 +135,17 @@ def _speed(figure: Any, chart: SpeedChart) -> None:
             axes.set_visible(False)
         for axes, panel in zip(axes_row, row, strict=False):
             _speed_panel(axes, panel, looks, handles)
-            axes.axhline(1.0, color=_GREY, linewidth=1.2)
+            axes.axhline(1.0, color=GREY, linewidth=1.2)
             if chart.floor is not None:
                 handles[f"promised: {chart.floor:g}"] = axes.axhline(
-                    chart.floor, color=_GREY, linewidth=1, linestyle=(0, (1, 1.5))
+                    chart.floor, color=GREY, linewidth=1, linestyle=DOTS
                 )
             axes.set_ylim(min(0.75, 0.95 * min(values)), top)
         axes_row[0].set_ylabel("speed, dense = 1")
-    handles["bound, N/(N-1)"] = Line2D([], [], color=_GREY, linewidth=1, linestyle=_DASHES)
+    handles["bound, N/(N-1)"] = Line2D([], [], color=GREY, linewidth=1, linestyle=DASHES)
     if any(line.sustained for row in chart.rows for panel in row for line in panel.lines):
         handles["sustained"] = Line2D(
-            [], [], color=_GREY, marker="o", markersize=8, fillstyle="none", linestyle="none"
+            [], [], color=GREY, marker="o", markersize=8, fillstyle="none", linestyle="none"
         )
     figure.legend(
         handles.values(),
@@ -167,11 +163,11 @@ def _looks(chart: SpeedChart) -> dict[str, tuple[Any, str]]:
         dict.fromkeys(line.pattern for row in chart.rows for panel in row for line in panel.lines)
     )
     if set(names) <= set(_OWN_COLOURS):
-        own = dict(zip(_OWN_COLOURS, zip(_COLOURS, _MARKERS, strict=True), strict=True))
+        own = dict(zip(_OWN_COLOURS, zip(COLOURS, MARKERS, strict=True), strict=True))
         return {name: own[name] for name in names}
     scale = mpl.colormaps["viridis"]
     return {
-        name: (scale(0.95 * index / max(1, len(names) - 1)), _MARKERS[index % len(_MARKERS)])
+        name: (scale(0.95 * index / max(1, len(names) - 1)), MARKERS[index % len(MARKERS)])
         for index, name in enumerate(names)
     }
 
@@ -184,7 +180,7 @@ def _speed_panel(
 ) -> None:
     for line in panel.lines:
         colour, marker = looks[line.pattern]
-        axes.axhline(line.bound, color=colour, linewidth=1, linestyle=_DASHES, alpha=0.8)
+        axes.axhline(line.bound, color=colour, linewidth=1, linestyle=DASHES, alpha=0.8)
         (handle,) = axes.plot(
             *zip(*line.burst, strict=True),
             color=colour,
@@ -203,23 +199,8 @@ def _speed_panel(
                 linestyle="none",
             )
     axes.set_title(panel.title, loc="left")
-    _token_axis(axes, [m for line in panel.lines for m, _ in (*line.burst, *line.sustained)])
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _token_axis(axes: Any, tokens: list[int]) -> None:
-    """What was measured is labelled where it is little, else powers of two, not all if many."""
-    low, high = min(tokens), max(tokens)
-    axes.set_xscale("log", base=2)
-    few = sorted(set(tokens))
-    apart = all(2 * left <= right for left, right in itertools.pairwise(few))
-    powers = [1 << power for power in range(0, 31) if low <= 1 << power <= high] or [low]
-    step = 1 if len(powers) <= 6 else 2 if len(powers) <= 12 else 4
-    ticks = few if len(few) <= 6 and apart else powers[::-1][::step][::-1]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("M (tokens)")
+    token_axis(axes, [m for line in panel.lines for m, _ in (*line.burst, *line.sustained)])
+    grid_below(axes)
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -257,8 +238,7 @@ def _breakdown(figure: Any, chart: BreakdownChart) -> None:
         axes.set_xticks(range(len(sizes)), [str(m) for m in sizes])
         axes.tick_params(axis="x", length=0, labelsize=8)
         axes.set_xlabel("M (tokens)")
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        grid_below(axes)
     grid[0].set_ylabel("time, % of the dense operator's")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
 
@@ -278,7 +258,7 @@ def _rates(figure: Any, chart: RateChart) -> None:
     axes = figure.subplots()
     places = [count - 1 - index for index in range(count)]
     best = max(row.copy_tb_per_s for row in chart.rows)
-    axes.axvline(best, color=_GREY, linewidth=1.2)
+    axes.axvline(best, color=GREY, linewidth=1.2)
     axes.annotate(
         f"fastest copy of the run, {best:.2f} TB/s = 100 %",
         (best, 1.0),
@@ -287,14 +267,14 @@ def _rates(figure: Any, chart: RateChart) -> None:
         textcoords="offset points",
         ha="right",
         va="bottom",
-        color=_GREY,
+        color=GREY,
         fontsize=8,
     )
-    axes.hlines(places, 0, [row.tb_per_s for row in chart.rows], color=_COLOURS[0], linewidth=2)
+    axes.hlines(places, 0, [row.tb_per_s for row in chart.rows], color=COLOURS[0], linewidth=2)
     (kernel,) = axes.plot(
         [row.tb_per_s for row in chart.rows],
         places,
-        color=_COLOURS[0],
+        color=COLOURS[0],
         marker="o",
         markersize=5,
         linestyle="none",
@@ -302,7 +282,7 @@ def _rates(figure: Any, chart: RateChart) -> None:
     (copy,) = axes.plot(
         [row.copy_tb_per_s for row in chart.rows],
         places,
-        color=_COLOURS[1],
+        color=COLOURS[1],
         marker="|",
         markersize=11,
         markeredgewidth=2,
@@ -324,8 +304,7 @@ def _rates(figure: Any, chart: RateChart) -> None:
     axes.set_xlabel("bytes read and written, TB/s")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    grid_below(axes, "x")
     figure.legend(
         [kernel, copy],
         ["the kernel", "a device-to-device copy of as many bytes, in turns with it"],

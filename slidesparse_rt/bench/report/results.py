@@ -18,10 +18,12 @@ from ..sides import DENSE
 __all__ = [
     "BOTH",
     "CPU",
+    "SCRIPTS",
     "Case",
     "Key",
     "Measured",
     "Result",
+    "asked",
     "machines",
     "merged",
     "products",
@@ -40,6 +42,31 @@ _CASE_OF = {
     "quantize": ("kernel", "x", "out", "pattern", "m", "columns"),
     "overhead": ("call", "backend", "dtype"),
     "packing": ("step", "version"),
+}
+#: What rows have of scripts in benchmarks/, whose files have no schema.
+SCRIPTS: Mapping[str, frozenset[str]] = {
+    "end-to-end": frozenset(
+        {"phase", "m", "side", "us", "rounds_us", "tokens_per_s", "linear_us", "ratio", "bytes"}
+        | {"pattern", "cosine"}
+    ),
+    "accuracy": frozenset(
+        {"pattern", "dtype", "method", "bits_per_byte", "perplexity", "more_bits", "backends"}
+    ),
+}
+#: What these files have beside rows.
+_SCRIPT_KEYS: dict[str, tuple[type, ...]] = {
+    "command": (str,),
+    "commit": (dict, type(None)),
+    "gpu": (dict, type(None)),
+    "versions": (dict,),
+    "settings": (dict,),
+    "linear_weights": (int,),
+    "complete": (bool,),
+    "rows": (list,),
+}
+_MORE_SCRIPT_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "end-to-end": {"model": (str,)},
+    "accuracy": {"text": (dict,), "training": (dict,)},
 }
 
 
@@ -118,7 +145,8 @@ def read_result(path: Path) -> Result:
         document = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise FormatError("this is no result of a benchmark: it is no JSON object")
-        document = upgraded(document)
+        scripted = "schema" not in document and str(document.get("what")) in SCRIPTS
+        document = _of_script(document) if scripted else upgraded(document)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is no JSON file: {error}") from None
     except FormatError as error:
@@ -126,6 +154,25 @@ def read_result(path: Path) -> Result:
     if document["what"] in ("gemm", "pipeline"):
         add_efficiency(document["rows"])
     return Result(path.name, document)
+
+
+def _of_script(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document of :data:`SCRIPTS` with every key that reports read; FormatError for another."""
+    what = str(document["what"])
+    for key, kinds in (_SCRIPT_KEYS | _MORE_SCRIPT_KEYS[what]).items():
+        if not isinstance(document.get(key, ...), kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise FormatError(f"a result of {what!r} has {key!r}, of type {names}; this has not")
+    for index, row in enumerate(document["rows"]):
+        missing = sorted(SCRIPTS[what] - set(row))
+        if missing:
+            raise FormatError(f"row {index} lacks {', '.join(missing)}")
+    return {"left_out": []} | dict(document)
+
+
+def asked(result: Result, setting: str) -> list[str]:
+    """The values of a list among the settings of a script, which writes them as text."""
+    return re.findall(r"[\w.:]+", str(result.document["settings"].get(setting, "")))
 
 
 def machines(results: Iterable[Result]) -> dict[str, list[Result]]:
