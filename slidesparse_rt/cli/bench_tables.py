@@ -105,9 +105,9 @@ def _pipeline_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
         lines.append([*line, "-" if ratio is None else f"{ratio:.3f}", "+".join(runs) or "-"])
     titles = ["model", "pattern", "dtype", "mode", "M", *(f"{side}\nus" for side in sides)]
     show_table(screen, [*titles, "auto over\ndense", "auto runs"], lines, left=4)
-    for line in (*map(str, promises(rows)), noise(rows)):
-        if line:
-            screen.print(line, soft_wrap=True)
+    for text in (*map(str, promises(rows)), noise(rows)):
+        if text:
+            screen.print(text, soft_wrap=True)
 
 
 def _packing_table(rows: Sequence[Mapping[str, Any]], screen: Console) -> None:
