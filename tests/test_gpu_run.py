@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -67,13 +68,13 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     """A runner that takes torch's CPU tensors for tensors on cuda:0."""
     adapter = dataclasses.replace(
         device_arrays._torch_adapter(),
-        empty=lambda shape, kind, device, stream: torch.empty(shape, dtype=torch.float32),
+        maker=lambda shape, *rest: partial(torch.empty, shape, dtype=torch.float32),
         current_stream=lambda device: 0,
     )
     monkeypatch.setattr(gpu_run, "adapter_of", lambda array: adapter)
     monkeypatch.setattr(gpu_run, "device_of", lambda array, what: Device("cuda"))
     monkeypatch.setattr(gpu_run, "gpu_device", lambda index: None)
-    monkeypatch.setattr(gpu_run, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_run, "cuda_runtime", lambda: SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setattr(gpu_run, "kernels_of", lambda index: Kernels)
     problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
     prepared = Prepared()
@@ -191,21 +192,89 @@ def test_streams_of_another_gpu_are_refused(
     assert only(runner).prepared.launches == []
 
 
-def test_no_memory_for_the_result_has_a_name(runner: gpu_run.GpuRunner) -> None:
-    def refuses(*arguments: Any) -> Any:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def breaks(*arguments: Any) -> Any:
-        raise RuntimeError("something else")
-
-    x = torch.zeros(4, K)
-    run(runner, x)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError("2.00 GiB")],
+)
+def test_no_memory_for_the_result_has_a_name(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch, known: bool, given: Exception
+) -> None:
+    """Whether or not such a result was made before; what makes them is kept."""
+    x, error = torch.zeros(4, K), [given]
     whole = gpu_run.adapter_of(x)
-    route = runner._routes[(whole.signature(x), None)]  # type: ignore[misc]
-    with pytest.raises(ss.DeviceMemoryError, match="no memory on cuda:0 for a result"):
-        runner._new(dataclasses.replace(whole, empty=refuses), route, 0)
-    with pytest.raises(RuntimeError, match="something else"):
-        runner._new(dataclasses.replace(whole, empty=breaks), route, 0)
+
+    def maker(*arguments: Any) -> Any:
+        def make() -> torch.Tensor:
+            if error:
+                raise error[0]
+            made: torch.Tensor = whole.maker(*arguments)()
+            return made
+
+        return make
+
+    monkeypatch.setattr(gpu_run, "adapter_of", lambda x: dataclasses.replace(whole, maker=maker))
+    if known:
+        error.clear()
+        run(runner, x)
+        error.append(given)
+    launched = len(only(runner).prepared.launches)
+    for call in (runner.run, runner.bind):
+        with pytest.raises(ss.DeviceMemoryError) as caught:
+            call(x, None, None, None)
+        assert str(caught.value) == (
+            "there is no memory on cuda:0 for a result of shape (4, 8) and type float32: "
+            f"{given}; free memory, or pass out="
+        )
+        assert caught.value.__cause__ is given
+        error[0] = RuntimeError("something else")
+        with pytest.raises(RuntimeError, match=r"\Asomething else\Z"):
+            call(x, None, None, None)
+        error[0] = given
+    assert len(only(runner).prepared.launches) == launched
+    error.clear()
+    assert run(runner, x).shape == (4, N)
+
+
+def test_results_of_libraries_without_signatures(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CuPy's allocator may have to grow, which must leave captures of other threads alone."""
+    made: list[tuple[int, bool]] = []
+
+    def maker(shape: Any, kind: Any, device: Any, stream: int) -> Any:
+        def make() -> torch.Tensor:
+            made.append((stream, only(runner).prepared.relaxed))
+            return torch.empty(shape)
+
+        return make
+
+    other = dataclasses.replace(
+        gpu_run.adapter_of(None),
+        maker=maker,
+        current_stream=lambda index: 10 + index,
+        finish=lambda array, stream: (array.shape, stream),
+        signature=None,
+        pointer=None,
+    )
+    monkeypatch.setattr(gpu_run, "adapter_of", lambda array: other)
+    x, out = torch.zeros(4, K), torch.zeros(4, N)
+    for _ in range(2):
+        assert run(runner, x) == ((4, N), 10)
+        assert run(runner, x, out) is out
+    assert made == [(10, True)] * 2
+    assert runner._routes == {}
+
+
+def test_torch_is_asked_for_what_the_result_is() -> None:
+    whole = device_arrays._torch_adapter()
+    for name in ("float32", "float16", "bfloat16"):
+        made = whole.maker((5, 2, N), array_type(name), Device("cuda", 3), 0)
+        given = made.keywords  # type: ignore[attr-defined]
+        assert given.pop("device") == torch.device("cuda", 3)
+        found = made.func(*made.args, device="meta", **given)  # type: ignore[attr-defined]
+        assert (found.shape, found.dtype) == ((5, 2, N), getattr(torch, name))
+        assert found.is_contiguous()
 
 
 def test_a_closed_plan_launches_nothing(
