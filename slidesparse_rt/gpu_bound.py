@@ -216,7 +216,7 @@ class BoundOnGpu(BoundRun):
     def _launch_kernels(self, memory: Memory, stream: int) -> None:
         x_stride, out_stride = self._x.stride, self._out.stride
         for step, x, out in self._parts:
-            step(x, x_stride, out, out_stride, memory, stream)
+            step.launch(x, x_stride, out, out_stride, memory, stream)
 
     def _record(self, stream: int) -> bool:
         """Record the launches as they would be on ``stream``; False where that cannot be done."""

@@ -483,7 +483,7 @@ class GpuRunner:
                 if not 0 < rows <= form.most:
                     for part, x_part, out_part in self._parts(route, x, out, stream):
                         with relaxed_capture():
-                            part(
+                            part.launch(
                                 x_part, route.stride, out_part, route.out_stride, workspace, stream
                             )
                     return
@@ -493,7 +493,7 @@ class GpuRunner:
                 thread = get_ident()
                 step = route.steps.get(thread if direct else ~thread)
                 if step is not None:
-                    step(x, route.stride, out, route.out_stride, workspace, stream)
+                    step.launch(x, route.stride, out, route.out_stride, workspace, stream)
                     return
                 step = form.prepared.step(rows, route.kind, route.out_kind, direct, stream)
                 if len(route.steps) >= _STEPS:
@@ -502,7 +502,7 @@ class GpuRunner:
                 # Drivers and libraries may load code at a first launch, which would break a capture
                 # of another thread.
                 with relaxed_capture():
-                    step(x, route.stride, out, route.out_stride, workspace, stream)
+                    step.launch(x, route.stride, out, route.out_stride, workspace, stream)
         except LibraryError as error:
             if again or error.status != NO_CONTEXT:
                 raise

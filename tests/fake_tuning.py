@@ -80,7 +80,7 @@ class Step:
         self.form, self.tokens = form, tokens
         self.nbytes = A_TOKEN[form.name] * tokens
 
-    def __call__(
+    def launch(
         self, x: int, stride: int, out: int, out_stride: int, held: Any, stream: int
     ) -> None:
         machine, name = self.form.machine, self.form.name

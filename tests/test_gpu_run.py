@@ -50,7 +50,7 @@ class Prepared:
             self.launches.append((rows, stride, out_stride))
             self.relaxed_at.append(self.relaxed)
 
-        return launch
+        return SimpleNamespace(launch=launch)
 
 
 class Kernels:
@@ -348,6 +348,23 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held.nbytes == 0
     with pytest.raises(ss.PlanClosed):
         held.address(1, 7, 1)
+
+
+def test_a_product_of_a_library_is_repeated() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Product(gpu_gemm.Product):
+        def launch(self, *arguments: int) -> None:
+            calls.append(arguments)
+
+    aim = Product().fixed(1, 2, 3, 4)
+    one = aim(50, 60, 70)
+    assert calls == []
+    two = aim(51, 61, 71)
+    for call in (one, two, one):
+        assert call() is None
+    first, second = (1, 2, 50, 60, 3, 4, 70), (1, 2, 51, 61, 3, 4, 71)
+    assert calls == [first, second, first]
 
 
 def test_buckets() -> None:

@@ -191,10 +191,11 @@ class AimedLaunch:
         self._launch = launch
         self._address = self._stride = -1  # no address
 
-    def launch(self, address: int, stride: int, stream: int) -> None:
-        """Launch for the array at ``address`` with ``stride`` elements from row to row.
+    def aim(self, address: int, stride: int, stream: int) -> Callable[[], int]:
+        """Return what launches for the array at ``address``, until it is aimed at another.
 
-        Raises LibraryError if the driver refuses it.
+        ``stride`` counts elements from row to row.  What is called returns the driver's status;
+        give what is not zero to :meth:`error`.
         """
         if address != self._address or stride != self._stride:
             self._address = -1  # until everything is in place
@@ -203,9 +204,17 @@ class AimedLaunch:
         launch = self._launch
         if stream != launch.stream:
             launch.set_stream(stream)
-        status = launch.run()
+        return launch.run
+
+    def error(self, status: int) -> LibraryError:
+        """Return the error for a status."""
+        return self._launch.error(status)
+
+    def launch(self, address: int, stride: int, stream: int) -> None:
+        """Launch; arguments as of :meth:`aim`.  Raises LibraryError if the driver refuses it."""
+        status = self.aim(address, stride, stream)()
         if status:
-            raise launch.error(status)
+            raise self.error(status)
 
     def _aimed(self, address: int, stride: int) -> FixedLaunch:
         """The launch, with the array in its arguments."""
