@@ -1,8 +1,8 @@
 """Launches that are repeated: what stays is written once, and a call writes only what changes.
 
 ``cuLaunchKernel`` takes eleven arguments, and ctypes converts each of them at every call.
-``cuLaunchKernelEx`` takes four addresses, and they stay the same: grid and stream are in a
-structure in host memory, the kernel's arguments in a buffer beside it.
+``cuLaunchKernelEx`` takes four addresses, and they stay the same, so they are converted once: grid
+and stream are in a structure in host memory, the kernel's arguments in a buffer beside it.
 
 Source: cuda.h, ``CUlaunchConfig`` and ``cuLaunchKernelEx``; the driver copies all arguments before
 it returns.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from ..errors import LibraryError
 from .loader import Cuda, Kernel
@@ -148,8 +147,8 @@ class FixedLaunch:
             self._settings.attributes = ctypes.pointer(self._attribute)
             self._settings.attribute_count = 1
         self.stream = 0
-        self.run: Callable[[], int] = partial(
-            cuda.raw("cuLaunchKernelEx"),
+        self.run: Callable[[], int] = cuda.repeated(
+            "cuLaunchKernelEx",
             ctypes.addressof(self._settings),
             kernel.function,
             self._pointers,
