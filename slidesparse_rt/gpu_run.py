@@ -61,10 +61,11 @@ _ALIGNMENT_BITS = 255
 class _Form:
     """The weight in the form of one backend, and the most tokens that it takes at a time."""
 
-    __slots__ = ("most", "prepared")
+    __slots__ = ("always_direct", "most", "prepared")
 
     def __init__(self, prepared: GpuPrepared, limit: int) -> None:
         self.prepared = prepared
+        self.always_direct = prepared.always_direct
         self.most = prepared.most_tokens(limit)
 
 
@@ -487,7 +488,7 @@ class GpuRunner:
                                 x_part, route.stride, out_part, route.out_stride, workspace, stream
                             )
                     return
-                direct = route.direct.get(out & _ALIGNMENT_BITS)
+                direct = form.always_direct or route.direct.get(out & _ALIGNMENT_BITS)
                 if direct is None:
                     direct = self._direct(route, out, rows)
                 thread = get_ident()

@@ -350,6 +350,23 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
         held.address(1, 7, 1)
 
 
+def test_the_default_stream_is_not_asked_whether_it_is_captured(
+    shared: ss.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never is, and asking is a good part of finding a block."""
+    from slidesparse_rt.backends import workspace as module
+
+    asked: list[int] = []
+    monkeypatch.setattr(module, "is_capturing", asked.append)
+    held = shared.memory(Device("cuda"))
+    for stream in (0, 5):
+        held.address(100, stream, 1)
+    asked.clear()
+    for stream in (0, 5, 0, 5):
+        held.address(100, stream, 1)
+    assert asked == [5, 5]
+
+
 def test_a_product_of_a_library_is_repeated() -> None:
     calls: list[tuple[int, ...]] = []
 
