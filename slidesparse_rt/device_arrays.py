@@ -69,15 +69,16 @@ class Adapter:
     view:
         (array, what it is called, stream) -> DeviceArray; makes ``stream`` wait as the protocol
         asks, where the library itself has to do that.
-    empty:
-        (shape, type, device, stream) -> a new array, its content undefined, from the library's own
-        allocator.
+    maker:
+        (shape, type, device, stream) -> what makes such arrays, a new one at each call, its content
+        undefined, from the library's own allocator.  With a :attr:`signature`: for any stream.
     current_stream:
-        Device -> address of the library's current stream there.
+        CUDA's number of a device -> address of the library's current stream there.
     share:
         (array, stream): tells the library's allocator that ``stream`` uses the array too.
     finish:
-        What :attr:`empty` made -> what the caller gets, once the work on it is launched.
+        What :attr:`maker` made -> what the caller gets, once the work on it is launched; ``None``
+        where that is the same.
     writable:
         Whether the library's arrays may be written.
     signature:
@@ -89,10 +90,10 @@ class Adapter:
     """
 
     view: Callable[[Any, str, int], DeviceArray]
-    empty: Callable[[tuple[int, ...], ArrayType, Device, int], Any]
-    current_stream: Callable[[Device], int]
+    maker: Callable[[tuple[int, ...], ArrayType, Device, int], Callable[[], Any]]
+    current_stream: Callable[[int], int]
     share: Callable[[Any, int, Device], None]
-    finish: Callable[[Any, int], Any]
+    finish: Callable[[Any, int], Any] | None = None
     writable: bool = True
     signature: Callable[..., Hashable] | None = None
     pointer: Callable[[Any], int] | None = None
@@ -287,11 +288,6 @@ def _unknown_type(dtype: object, what: str) -> DTypeError:
     return DTypeError(f"{what} has dtype {dtype}; allowed are {allowed}; convert it first")
 
 
-def _same(array: Any, stream: int) -> Any:
-    del stream
-    return array
-
-
 def _torch_adapter() -> Adapter:
     import torch
 
@@ -310,22 +306,24 @@ def _torch_adapter() -> Adapter:
             )
         return DeviceArray(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), kind)
 
-    def empty(shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int) -> Any:
+    def maker(
+        shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int
+    ) -> Callable[[], Any]:
         del stream
         # With strides: what torch.empty() looks up besides takes it half as long again.
-        return torch.empty_strided(
-            shape, _contiguous(shape), dtype=dtypes[kind.name], device=devices(device.index)
+        return functools.partial(
+            torch.empty_strided,
+            shape,
+            _contiguous(shape),
+            dtype=dtypes[kind.name],
+            device=devices(device.index),
         )
+
+    def current_stream(index: int) -> int:
+        return int(torch.cuda.current_stream(index).cuda_stream)
 
     # The same address without making a Stream object, where PyTorch has it.
     raw: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-
-    def current_stream(device: Device) -> int:
-        address: int = raw(device.index)
-        return address
-
-    def current_stream_object(device: Device) -> int:
-        return int(torch.cuda.current_stream(device.index).cuda_stream)
 
     def share(tensor: Any, stream: int, device: Device) -> None:
         tensor.record_stream(torch.cuda.ExternalStream(stream, device=devices(device.index)))
@@ -358,10 +356,9 @@ def _torch_adapter() -> Adapter:
 
     return Adapter(
         view,
-        empty,
-        current_stream_object if raw is None else current_stream,
+        maker,
+        raw or current_stream,
         share,
-        _same,
         signature=signature,
         pointer=torch.Tensor.data_ptr,
     )
@@ -378,18 +375,24 @@ def _cupy_adapter() -> Adapter:
         imported = _through_dlpack(array, what, stream)
         return _cupy_view(imported, what)._replace(owner=imported)
 
-    def empty(shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int) -> Any:
+    def maker(
+        shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int
+    ) -> Callable[[], Any]:
         del device  # the plan has made it current
-        with cupy_stream(stream):
-            return cupy.empty(shape, kind.dtype)
 
-    def current_stream(device: Device) -> int:
-        return int(cupy.cuda.get_current_stream(device.index).ptr)
+        def make() -> Any:
+            with cupy_stream(stream):
+                return cupy.empty(shape, kind.dtype)
+
+        return make
+
+    def current_stream(index: int) -> int:
+        return int(cupy.cuda.get_current_stream(index).ptr)
 
     def share(array: Any, stream: int, device: Device) -> None:
         """CuPy's pools are per stream; the caller keeps the array until its stream is done."""
 
-    return Adapter(view, empty, current_stream, share, _same)
+    return Adapter(view, maker, current_stream, share)
 
 
 def _jax_adapter() -> Adapter:
@@ -403,7 +406,7 @@ def _jax_adapter() -> Adapter:
         with cupy_stream(stream):
             return jax.dlpack.from_dlpack(array)
 
-    return Adapter(base.view, base.empty, base.current_stream, base.share, finish, writable=False)
+    return Adapter(base.view, base.maker, base.current_stream, base.share, finish, writable=False)
 
 
 def _numba_adapter() -> Adapter:
@@ -425,11 +428,13 @@ def _numba_adapter() -> Adapter:
             order_streams(int(producer), stream)
         return DeviceArray(int(interface["data"][0]), shape, strides, kind)
 
-    def empty(shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int) -> Any:
+    def maker(
+        shape: tuple[int, ...], kind: ArrayType, device: Device, stream: int
+    ) -> Callable[[], Any]:
         del device, stream
-        return cuda.device_array(shape, kind.dtype)
+        return functools.partial(cuda.device_array, shape, kind.dtype)
 
-    return Adapter(view, empty, base.current_stream, base.share, _same)
+    return Adapter(view, maker, base.current_stream, base.share)
 
 
 @functools.lru_cache(maxsize=256)
@@ -461,8 +466,9 @@ def _checked(dtype: Any, what: str) -> ArrayType:
 
 def to_cupy(array: Any, what: str) -> Any:
     """CuPy's view of a GPU array that is known only through DLPack."""
-    with on_device(device_of(array, what).index):
-        return _through_dlpack(array, what, _adapter("cupy").current_stream(device_of(array, what)))
+    index = device_of(array, what).index
+    with on_device(index):
+        return _through_dlpack(array, what, _adapter("cupy").current_stream(index))
 
 
 def _through_dlpack(array: Any, what: str, stream: int) -> Any:
@@ -486,7 +492,7 @@ def to_host(array: Any, what: str) -> NDArray:
 
     adapter, device = adapter_of(array), device_of(array, what)
     with on_device(device.index):
-        stream = adapter.current_stream(device)
+        stream = adapter.current_stream(device.index)
         view = adapter.view(array, what, stream)
         if len(view.shape) != 1 or (view.shape[0] > 1 and view.strides[0] != 1):
             raise ArrayError(

@@ -11,7 +11,7 @@ from .backends.gpu_device import is_capturing, working_on
 from .backends.gpu_gemm import Step
 from .backends.workspace import Block, Memory, Workspace
 from .bound import BoundRun
-from .device_arrays import PER_THREAD_STREAM, Adapter, current_device, set_device
+from .device_arrays import PER_THREAD_STREAM, Adapter, set_device
 from .errors import ArrayError, LibraryError
 from .kernels.loader import kernels_of, relaxed_capture
 from .kernels.recording import Recording
@@ -31,6 +31,8 @@ class Runner(Protocol):
     """What a bound run needs of its plan's :class:`~slidesparse_rt.gpu_run.GpuRunner`."""
 
     device: Device
+    #: CUDA's number of the calling thread's current device.
+    current_device: Callable[[], int]
     workspace: Workspace
     closed: bool
 
@@ -85,6 +87,7 @@ class BoundOnGpu(BoundRun):
 
     __slots__ = (
         "_calls_before",
+        "_current_device",
         "_current_stream",
         "_device",
         "_fresh",
@@ -124,6 +127,7 @@ class BoundOnGpu(BoundRun):
         # A call reads these: each look-up less counts.
         self._x_pointer, self._x_address = x.pointer, x.address
         self._out_pointer, self._out_address = out.pointer, out.address
+        self._current_device = runner.current_device
         self._current_stream = x.adapter.current_stream
         self._parts = parts
         self._stream = None if stream is None else stream[0]
@@ -145,11 +149,11 @@ class BoundOnGpu(BoundRun):
         ):
             raise self._moved()
         index = self._index
-        before = current_device()
+        before = self._current_device()
         if before != index:
             set_device(index)
         try:
-            current = pointer = self._current_stream(self._device)
+            current = pointer = self._current_stream(index)
             if self._stream is not None or current == PER_THREAD_STREAM:
                 pointer = self._runner.chosen(self._stream, current)
             try:
@@ -212,7 +216,7 @@ class BoundOnGpu(BoundRun):
     def _launch_kernels(self, memory: Memory, stream: int) -> None:
         x_stride, out_stride = self._x.stride, self._out.stride
         for step, x, out in self._parts:
-            step(x, x_stride, out, out_stride, memory, stream)
+            step.launch(x, x_stride, out, out_stride, memory, stream)
 
     def _record(self, stream: int) -> bool:
         """Record the launches as they would be on ``stream``; False where that cannot be done."""

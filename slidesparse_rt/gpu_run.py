@@ -22,8 +22,8 @@ from .device_arrays import (
     byte_range,
     checked_out,
     collapse_rows,
+    cuda_runtime,
     cupy_stream,
-    current_device,
     order_streams,
     refuse_overlap,
     refuse_per_thread_stream,
@@ -61,10 +61,11 @@ _ALIGNMENT_BITS = 255
 class _Form:
     """The weight in the form of one backend, and the most tokens that it takes at a time."""
 
-    __slots__ = ("most", "prepared")
+    __slots__ = ("always_direct", "most", "prepared")
 
     def __init__(self, prepared: GpuPrepared, limit: int) -> None:
         self.prepared = prepared
+        self.always_direct = prepared.always_direct
         self.most = prepared.most_tokens(limit)
 
 
@@ -81,14 +82,16 @@ class _Route:
     kind: ArrayType
     first: int
     last: int
-    out_shape: tuple[int, ...]
+    #: The type of result that was asked for, and the one that it has.
+    asked: ArrayType | None
     out_kind: ArrayType
+    out_shape: tuple[int, ...]
     form: _Form
-    #: Of the result: a new one, or the caller's, whose address :attr:`out_pointer` reads.
+    #: Of the result: the caller's, or a new one, which :attr:`make` makes.
     out_stride: int
     out_first: int = 0
     out_last: int = 0
-    out_pointer: Callable[[Any], int] | None = None
+    make: Callable[[], Any] | None = None
     #: Lowest bits of the result's address -> whether the library writes it.
     direct: dict[int, bool] = field(default_factory=dict)
     #: What each thread launches: thread (its complement where the library does not write the
@@ -132,6 +135,8 @@ class GpuRunner:
         #: Where it runs.
         self.device = device
         self._index = device.index
+        #: The runtime's own function: each call within a call counts.
+        self.current_device: Callable[[], int] = cuda_runtime().getDevice
         # Threads may fill these at once: both would write the same.
         self._routes: dict[Hashable, _Route] = {}
         self._adapters: dict[type, Adapter] = {}
@@ -159,25 +164,26 @@ class GpuRunner:
         if getattr(x, "requires_grad", False):
             refuse_autograd(x)
         adapter = self._adapters.get(type(x)) or self._adapter(x)
+        signature = adapter.signature
         key: Hashable = None
-        name = None if out_type is None else out_type.name
         if out is None:
-            if adapter.signature is not None:
-                key = (adapter.signature(x), name)
+            if signature is not None:
+                key = signature(x)
         else:
             if getattr(out, "requires_grad", False):
                 refuse_out_gradient()
             theirs = self._adapters.get(type(out)) or self._adapter(out)
-            if theirs is adapter and adapter.signature is not None:
-                key = (adapter.signature(x, out), name)
+            if theirs is adapter and signature is not None:
+                key = signature(x, out)
         route = self._routes.get(key)
-        if route is None:
+        if route is None or route.asked is not out_type:
+            route = None
             same_device(device_of(x, "x"), self.device, "x")
-        before = current_device()
+        before = self.current_device()
         if before != self._index:
             set_device(self._index)
         try:
-            current = pointer = adapter.current_stream(self.device)
+            current = pointer = adapter.current_stream(self._index)
             if stream is not None or current == PER_THREAD_STREAM:
                 pointer = self.chosen(stream, current)
             owner: object = None
@@ -186,16 +192,20 @@ class GpuRunner:
                     x, adapter, key, out_type, out, pointer
                 )
             else:
-                # Whoever has a signature has this too.
+                # Whoever has a signature has these too.
                 address = adapter.pointer(x)  # type: ignore[misc]
                 if out is None:
-                    result = self._new(adapter, route, pointer)
-                    target = adapter.pointer(result)  # type: ignore[misc]
+                    try:
+                        result = route.make()  # type: ignore[misc]
+                    except Exception as error:
+                        self._refuse_memory(route, error)
+                        raise
                 else:
                     result = out
-                    target = route.out_pointer(out)  # type: ignore[misc]
+                target = adapter.pointer(result)  # type: ignore[misc]
                 if address == 0 or (
-                    target + route.out_first < address + route.last
+                    out is not None
+                    and target + route.out_first < address + route.last
                     and address + route.first < target + route.out_last
                 ):
                     self._refuse_addresses(route, address, target)
@@ -205,7 +215,9 @@ class GpuRunner:
             if pointer != current:
                 adapter.share(x, pointer, self.device)
                 self._adapter(result).share(result, pointer, self.device)
-            return adapter.finish(result, pointer) if out is None else out
+            if out is None and adapter.finish is not None:
+                return adapter.finish(result, pointer)
+            return result
         finally:
             if before != self._index:
                 set_device(before)
@@ -225,11 +237,11 @@ class GpuRunner:
                 "x is a JAX array, and a result of its kind is immutable, so no second call could "
                 "write it; pass an out= of another library, or call run()"
             )
-        before = current_device()
+        before = self.current_device()
         if before != self._index:
             set_device(self._index)
         try:
-            current = adapter.current_stream(self.device)
+            current = adapter.current_stream(self._index)
             pointer = self.chosen(stream, current)
             if is_capturing(pointer):
                 raise CaptureError(
@@ -343,17 +355,21 @@ class GpuRunner:
 
     def _new(self, adapter: Adapter, route: _Route, stream: int) -> Any:
         """A new result from x's library; DeviceMemoryError where it has no memory for it."""
+        route.make = make = adapter.maker(route.out_shape, route.out_kind, self.device, stream)
         try:
             if adapter.signature is not None:
-                return adapter.empty(route.out_shape, route.out_kind, self.device, stream)
+                return make()
             # CuPy's pool may have to grow, also for JAX, which has no say in that.
             with relaxed_capture():
-                return adapter.empty(route.out_shape, route.out_kind, self.device, stream)
+                return make()
         except Exception as error:
-            # Each library has a class of its own for this.
-            known = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-            if not known:
-                raise
+            self._refuse_memory(route, error)
+            raise
+
+    def _refuse_memory(self, route: _Route, error: Exception) -> None:
+        """Raise DeviceMemoryError if ``error`` is a library's for a result that finds no memory."""
+        # Each library has a class of its own for this.
+        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
             raise DeviceMemoryError(
                 f"there is no memory on {self.device} for a result of shape {route.out_shape} and "
                 f"type {route.out_kind.name}: {error}; free memory, or pass out="
@@ -419,8 +435,9 @@ class GpuRunner:
             view.kind,
             first - view.pointer,
             last - view.pointer,
-            (*shape[:-1], self._problem.n),
+            out_type,
             out_type or view.kind,
+            (*shape[:-1], self._problem.n),
             self._form(rows),
             self._problem.n,
         )
@@ -438,7 +455,6 @@ class GpuRunner:
         first, last = byte_range(view)
         route.out_stride = collapse_rows(view, "out")[1]
         route.out_first, route.out_last = first - view.pointer, last - view.pointer
-        route.out_pointer = adapter.pointer
         return view.pointer
 
     @staticmethod
@@ -468,17 +484,17 @@ class GpuRunner:
                 if not 0 < rows <= form.most:
                     for part, x_part, out_part in self._parts(route, x, out, stream):
                         with relaxed_capture():
-                            part(
+                            part.launch(
                                 x_part, route.stride, out_part, route.out_stride, workspace, stream
                             )
                     return
-                direct = route.direct.get(out & _ALIGNMENT_BITS)
+                direct = form.always_direct or route.direct.get(out & _ALIGNMENT_BITS)
                 if direct is None:
                     direct = self._direct(route, out, rows)
                 thread = get_ident()
                 step = route.steps.get(thread if direct else ~thread)
                 if step is not None:
-                    step(x, route.stride, out, route.out_stride, workspace, stream)
+                    step.launch(x, route.stride, out, route.out_stride, workspace, stream)
                     return
                 step = form.prepared.step(rows, route.kind, route.out_kind, direct, stream)
                 if len(route.steps) >= _STEPS:
@@ -487,7 +503,7 @@ class GpuRunner:
                 # Drivers and libraries may load code at a first launch, which would break a capture
                 # of another thread.
                 with relaxed_capture():
-                    step(x, route.stride, out, route.out_stride, workspace, stream)
+                    step.launch(x, route.stride, out, route.out_stride, workspace, stream)
         except LibraryError as error:
             if again or error.status != NO_CONTEXT:
                 raise

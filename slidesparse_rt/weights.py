@@ -52,7 +52,7 @@ def check_pattern(weight: Any, pattern: str | Pattern, *, threads: int | None = 
     from .device_arrays import adapter_of
 
     with working_on(device.index):
-        stream = adapter_of(weight).current_stream(device)
+        stream = adapter_of(weight).current_stream(device.index)
         refuse_capture(stream)
         view = view_weight(weight, stream)
         check_on_device(view, parsed, gpu_device(device.index), stream)
@@ -121,12 +121,12 @@ def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device
 
     gpu, adapter = gpu_device(device.index), adapter_of(weight)
     with working_on(device.index):
-        stream = adapter.current_stream(device)
+        stream = adapter.current_stream(device.index)
         refuse_capture(stream)
         view = view_weight(weight, stream)
         rows, columns = view.shape
         refuse_nonfinite_on_device(view, pattern, gpu, stream)
-        out = adapter.empty(view.shape, view.kind, device, stream)
+        out = adapter.maker(view.shape, view.kind, device, stream)()
         target = adapter.view(out, "the result", stream)
         if columns > 1 and target.strides[1] != 1:
             raise ArrayError("the array library returned a result whose rows are not contiguous")
@@ -142,4 +142,4 @@ def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device
                 gpu.synchronize(stream)
         if view.owner is not None:
             gpu.synchronize(stream)  # its exporter may reuse the memory from here on
-        return adapter.finish(out, stream)
+        return out if adapter.finish is None else adapter.finish(out, stream)

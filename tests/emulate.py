@@ -118,6 +118,9 @@ class EmulatedCuda:
             name
         ]
 
+    def repeated(self, name: str, *arguments: Any) -> Any:
+        return functools.partial(self.raw(name), *arguments)
+
     def cuDriverGetVersion(self, version: Any) -> None:  # noqa: N802
         version._obj.value = 13000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,9 @@ class FakeCuda(Cuda):
 
             return named
         return lambda *arguments: 0
+
+    def repeated(self, name, *arguments):
+        return partial(self.raw(name), *arguments)
 
     def _cuinit(self, flags):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,15 +163,16 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(module, "working_on", made.relaxing)
     for module in (gpu_run, gpu_bound):
         monkeypatch.setattr(module, "relaxed_capture", made.relaxing)
-        monkeypatch.setattr(module, "current_device", lambda: made.device)
         monkeypatch.setattr(module, "set_device", made.set_device)
+    runtime = SimpleNamespace(getDevice=lambda: made.device)
+    monkeypatch.setattr(gpu_run, "cuda_runtime", lambda: runtime)
     for module in (gpu_run, gpu_bound, gpu_gemm, workspace):
         monkeypatch.setattr(module, "is_capturing", lambda stream: stream in made.capturing)
     monkeypatch.setattr(gpu_run, "order_streams", lambda *pair: made.ordered.append(pair))
     adapter = dataclasses.replace(
         device_arrays._torch_adapter(),
-        empty=lambda shape, kind, device, stream: torch.empty(
-            shape, dtype=getattr(torch, kind.name)
+        maker=lambda shape, kind, device, stream: partial(
+            torch.empty, shape, dtype=getattr(torch, kind.name)
         ),
         current_stream=lambda device: made.current_stream,
         share=lambda array, stream, device: made.shared.append(stream),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,7 @@ class Step:
         self.form, self.tokens = form, tokens
         self.nbytes = A_TOKEN[form.name] * tokens
 
-    def __call__(
+    def launch(
         self, x: int, stride: int, out: int, out_stride: int, held: Any, stream: int
     ) -> None:
         machine, name = self.form.machine, self.form.name
@@ -209,14 +210,14 @@ def make_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ma
     monkeypatch.setattr(gpu_forms, "to_gpu", made.upload)
     adapter = dataclasses.replace(
         device_arrays._torch_adapter(),
-        empty=lambda shape, kind, device, stream: torch.empty(
-            shape, dtype=getattr(torch, kind.name)
+        maker=lambda shape, kind, device, stream: partial(
+            torch.empty, shape, dtype=getattr(torch, kind.name)
         ),
         current_stream=lambda device: STREAM,
     )
     monkeypatch.setattr(gpu_run, "adapter_of", lambda array: adapter)
     monkeypatch.setattr(gpu_run, "device_of", lambda array, what: Device("cuda"))
-    monkeypatch.setattr(gpu_run, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_run, "cuda_runtime", lambda: SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setattr(gpu_run, "relaxed_capture", nothing)
     monkeypatch.setattr(
         gpu_run, "kernels_of", lambda index: SimpleNamespace(device_of_stream=lambda stream: 0)

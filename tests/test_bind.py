@@ -403,6 +403,37 @@ def test_runs_follow_what_changes(machine: Machine) -> None:
     assert len(machine.driver.maps) == made
 
 
+def test_results_are_of_the_type_that_is_asked_for(machine: Machine) -> None:
+    """What is remembered of an array is not taken for a result of another type."""
+    runner, (x, _) = machine.runner(), arrays()
+    for _ in range(2):
+        for name in (None, "float32", "float16", "float32"):
+            kind = None if name is None else ss.dtypes.array_type(name)
+            assert runner.run(x, kind, None, None).dtype == getattr(torch, name or "bfloat16")
+            assert entries(machine.taken()) == BOTH
+    assert len(runner._routes) == 1
+
+
+def test_what_could_not_be_aimed_is_not_launched(machine: Machine) -> None:
+    runner, first, second = machine.runner(), arrays(), arrays()
+
+    def ran(x: torch.Tensor, y: torch.Tensor) -> bool:
+        runner.run(x, None, y, None)
+        quantize, multiply = machine.taken()
+        return (quantize["values"][0], multiply["values"][4]) == (x.data_ptr(), y.data_ptr())
+
+    assert ran(*first)
+    machine.driver.refuse["cuTensorMapEncodeTiled"] = 1
+    for _ in range(2):
+        with pytest.raises(ss.LibraryError, match="cuTensorMapEncodeTiled returned 1"):
+            ran(*second)
+    assert machine.taken() == []
+    assert ran(*first)  # although x was changed in the launch of before
+    machine.driver.refuse.clear()
+    assert ran(*second)
+    assert ran(*first)
+
+
 def test_addresses_are_checked_each_time(machine: Machine) -> None:
     """Arrays of kinds that are known already may still be in each other's way, or nowhere."""
     runner = machine.runner()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from slidesparse_rt.errors import (
     PlanClosed,
 )
 from slidesparse_rt.ffi import cublaslt, cusparselt
-from slidesparse_rt.ffi.checked import CLibrary, DataType, Memory
+from slidesparse_rt.ffi.checked import CLibrary, DataType, Memory, declare, functions
 from slidesparse_rt.ffi.cublaslt import CublasLt
 from slidesparse_rt.ffi.cusparselt import CuSparseLt
 
@@ -62,6 +63,32 @@ def test_each_status_becomes_an_error_that_names_it(kind: type[CLibrary]) -> Non
         assert isinstance(error, DeviceMemoryError) is (error.status_name.endswith("ALLOC_FAILED"))
         start = f"{name}(which=1, value=NULL) returned {int(status)} ({expected}): words"
         assert str(error).startswith(start)
+
+
+def test_a_repeated_call_is_the_call() -> None:
+    """Arguments are converted once, addresses to all of their 64 bits."""
+
+    class Standard(CLibrary):
+        FUNCTIONS = functions(declare("memcmp", "one other count:size"))
+
+    table = SimpleNamespace(title="the C library")
+    loaded: Any = SimpleNamespace(library=table, path="", version=(), handle=ctypes.CDLL(None))
+    lib = Standard(loaded)
+    one, other = (ctypes.c_char * 8)(), (ctypes.c_char * 8)()
+    call = lib.repeated("memcmp", ctypes.addressof(one), other, 8)
+    assert ctypes.addressof(one) >> 32
+    assert [call(), call()] == [0, 0]
+    one[7] = b"x"
+    assert call() > 0
+    other[7] = b"y"
+    assert call() < 0
+    assert lib.repeated("memcmp", None, None, 0)() == 0
+    # Other calls still convert.
+    assert lib.raw("memcmp")(ctypes.addressof(one), other, 7) == 0
+    with pytest.raises(TypeError):
+        lib.repeated("memcmp", 1.5, other, 8)
+    with pytest.raises(ValueError, match="zip"):
+        lib.repeated("memcmp", one, other)
 
 
 def test_an_error_shows_the_arguments_that_matter() -> None:

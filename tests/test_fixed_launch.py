@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_machine import Kernels
 
+import slidesparse_rt as ss
 from slidesparse_rt.errors import LibraryError
 from slidesparse_rt.kernels import catalog, launch
 from slidesparse_rt.kernels.fixed import FixedLaunch, argument_offsets
@@ -45,6 +46,22 @@ def test_quantize(kernels: Kernels, columns: int, blocks: int | None) -> None:
     kernels.cuda.status = 700
     with pytest.raises(LibraryError, match="cuLaunchKernelEx returned 700"):
         fixed.launch(4096, columns, 5)
+
+
+def test_an_aimed_launch_can_be_repeated(kernels: Kernels) -> None:
+    any_kernels: Any = kernels
+    made = launch.Quantizer(any_kernels, 1024, "bfloat16", "int8", SIX_OF_EIGHT, 1536)
+    fixed = made.fixed(8192, 12288, 2999, 3008)
+    run = fixed.aim(4096, 1024, 5)
+    assert kernels.cuda.launches == []
+    for _ in range(2):
+        assert run() == 0
+        assert (last(kernels)["values"][:2], last(kernels)["stream"]) == ([4096, 2048], 5)
+    fixed.aim(4112, 1032, 6)()
+    assert (last(kernels)["values"][:2], last(kernels)["stream"]) == ([4112, 2064], 6)
+    kernels.cuda.status = 2
+    assert run() == 2
+    assert isinstance(fixed.error(2), ss.DeviceMemoryError)
 
 
 @pytest.mark.parametrize("acc", [8192, 8196])

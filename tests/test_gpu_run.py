@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -49,7 +50,7 @@ class Prepared:
             self.launches.append((rows, stride, out_stride))
             self.relaxed_at.append(self.relaxed)
 
-        return launch
+        return SimpleNamespace(launch=launch)
 
 
 class Kernels:
@@ -67,13 +68,13 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     """A runner that takes torch's CPU tensors for tensors on cuda:0."""
     adapter = dataclasses.replace(
         device_arrays._torch_adapter(),
-        empty=lambda shape, kind, device, stream: torch.empty(shape, dtype=torch.float32),
+        maker=lambda shape, *rest: partial(torch.empty, shape, dtype=torch.float32),
         current_stream=lambda device: 0,
     )
     monkeypatch.setattr(gpu_run, "adapter_of", lambda array: adapter)
     monkeypatch.setattr(gpu_run, "device_of", lambda array, what: Device("cuda"))
     monkeypatch.setattr(gpu_run, "gpu_device", lambda index: None)
-    monkeypatch.setattr(gpu_run, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_run, "cuda_runtime", lambda: SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setattr(gpu_run, "kernels_of", lambda index: Kernels)
     problem = Problem(N, K, ss.Pattern.parse("6:8"), operand("int8"))
     prepared = Prepared()
@@ -191,21 +192,89 @@ def test_streams_of_another_gpu_are_refused(
     assert only(runner).prepared.launches == []
 
 
-def test_no_memory_for_the_result_has_a_name(runner: gpu_run.GpuRunner) -> None:
-    def refuses(*arguments: Any) -> Any:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    def breaks(*arguments: Any) -> Any:
-        raise RuntimeError("something else")
-
-    x = torch.zeros(4, K)
-    run(runner, x)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    "given",
+    [RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError("2.00 GiB")],
+)
+def test_no_memory_for_the_result_has_a_name(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch, known: bool, given: Exception
+) -> None:
+    """Whether or not such a result was made before; what makes them is kept."""
+    x, error = torch.zeros(4, K), [given]
     whole = gpu_run.adapter_of(x)
-    route = runner._routes[(whole.signature(x), None)]  # type: ignore[misc]
-    with pytest.raises(ss.DeviceMemoryError, match="no memory on cuda:0 for a result"):
-        runner._new(dataclasses.replace(whole, empty=refuses), route, 0)
-    with pytest.raises(RuntimeError, match="something else"):
-        runner._new(dataclasses.replace(whole, empty=breaks), route, 0)
+
+    def maker(*arguments: Any) -> Any:
+        def make() -> torch.Tensor:
+            if error:
+                raise error[0]
+            made: torch.Tensor = whole.maker(*arguments)()
+            return made
+
+        return make
+
+    monkeypatch.setattr(gpu_run, "adapter_of", lambda x: dataclasses.replace(whole, maker=maker))
+    if known:
+        error.clear()
+        run(runner, x)
+        error.append(given)
+    launched = len(only(runner).prepared.launches)
+    for call in (runner.run, runner.bind):
+        with pytest.raises(ss.DeviceMemoryError) as caught:
+            call(x, None, None, None)
+        assert str(caught.value) == (
+            "there is no memory on cuda:0 for a result of shape (4, 8) and type float32: "
+            f"{given}; free memory, or pass out="
+        )
+        assert caught.value.__cause__ is given
+        error[0] = RuntimeError("something else")
+        with pytest.raises(RuntimeError, match=r"\Asomething else\Z"):
+            call(x, None, None, None)
+        error[0] = given
+    assert len(only(runner).prepared.launches) == launched
+    error.clear()
+    assert run(runner, x).shape == (4, N)
+
+
+def test_results_of_libraries_without_signatures(
+    runner: gpu_run.GpuRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CuPy's allocator may have to grow, which must leave captures of other threads alone."""
+    made: list[tuple[int, bool]] = []
+
+    def maker(shape: Any, kind: Any, device: Any, stream: int) -> Any:
+        def make() -> torch.Tensor:
+            made.append((stream, only(runner).prepared.relaxed))
+            return torch.empty(shape)
+
+        return make
+
+    other = dataclasses.replace(
+        gpu_run.adapter_of(None),
+        maker=maker,
+        current_stream=lambda index: 10 + index,
+        finish=lambda array, stream: (array.shape, stream),
+        signature=None,
+        pointer=None,
+    )
+    monkeypatch.setattr(gpu_run, "adapter_of", lambda array: other)
+    x, out = torch.zeros(4, K), torch.zeros(4, N)
+    for _ in range(2):
+        assert run(runner, x) == ((4, N), 10)
+        assert run(runner, x, out) is out
+    assert made == [(10, True)] * 2
+    assert runner._routes == {}
+
+
+def test_torch_is_asked_for_what_the_result_is() -> None:
+    whole = device_arrays._torch_adapter()
+    for name in ("float32", "float16", "bfloat16"):
+        made = whole.maker((5, 2, N), array_type(name), Device("cuda", 3), 0)
+        given = made.keywords  # type: ignore[attr-defined]
+        assert given.pop("device") == torch.device("cuda", 3)
+        found = made.func(*made.args, device="meta", **given)  # type: ignore[attr-defined]
+        assert (found.shape, found.dtype) == ((5, 2, N), getattr(torch, name))
+        assert found.is_contiguous()
 
 
 def test_a_closed_plan_launches_nothing(
@@ -279,6 +348,40 @@ def test_workspace_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held.nbytes == 0
     with pytest.raises(ss.PlanClosed):
         held.address(1, 7, 1)
+
+
+def test_the_default_stream_is_not_asked_whether_it_is_captured(
+    shared: ss.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never is, and asking is a good part of finding a block."""
+    from slidesparse_rt.backends import workspace as module
+
+    asked: list[int] = []
+    monkeypatch.setattr(module, "is_capturing", asked.append)
+    held = shared.memory(Device("cuda"))
+    for stream in (0, 5):
+        held.address(100, stream, 1)
+    asked.clear()
+    for stream in (0, 5, 0, 5):
+        held.address(100, stream, 1)
+    assert asked == [5, 5]
+
+
+def test_a_product_of_a_library_is_repeated() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Product(gpu_gemm.Product):
+        def launch(self, *arguments: int) -> None:
+            calls.append(arguments)
+
+    aim = Product().fixed(1, 2, 3, 4)
+    one = aim(50, 60, 70)
+    assert calls == []
+    two = aim(51, 61, 71)
+    for call in (one, two, one):
+        assert call() is None
+    first, second = (1, 2, 50, 60, 3, 4, 70), (1, 2, 51, 61, 3, 4, 71)
+    assert calls == [first, second, first]
 
 
 def test_buckets() -> None:

@@ -118,7 +118,7 @@ def _child(device: int) -> None:
             prepared = backend.pack(held, PlanOptions(), 0)
             x_gpu, y_gpu = cupy.asarray(x), cupy.empty((m, n), np.float16)
             step = prepared.step(m, half, half, False, 0)
-            step(x_gpu.data.ptr, k, y_gpu.data.ptr, n, workspace, 0)
+            step.launch(x_gpu.data.ptr, k, y_gpu.data.ptr, n, workspace, 0)
             y = y_gpu.get().astype(np.float64)
             wanted = x.astype(np.float64) @ weight.astype(np.float64).T
             error = np.abs(y - wanted).max() / np.abs(wanted).max()

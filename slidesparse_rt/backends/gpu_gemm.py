@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..device_arrays import DeviceArray
 from ..dtypes import ArrayType
 from ..errors import CaptureError
 from ..kernels.catalog import format_bytes
+from ..kernels.fixed import FixedDequantize, FixedQuantize
 from ..kernels.launch import Dequantizer, Quantizer, dequantizer, quantizer
 from ..options import PlanOptions
 from ..packing.weight import SparseWeight
@@ -113,17 +115,18 @@ class Product(ABC):
 
     def fixed(
         self, tokens: int, token_scales: int, scratch: int, counters: int
-    ) -> Callable[[int, int, int], None]:
-        """Return :meth:`launch` with these in place: (target, target stride, stream) -> launched.
+    ) -> Callable[[int, int, int], Callable[[], int | None]]:
+        """Return :meth:`launch` with these in place: (target, target stride, stream) -> a call.
 
-        For one thread at a time.
+        The call launches, and holds until the next one is made; it raises what goes wrong, or
+        returns the driver's status.  For one thread at a time.
         """
-        launch = self.launch
 
-        def fixed(target: int, target_stride: int, stream: int) -> None:
-            launch(tokens, token_scales, target, target_stride, scratch, counters, stream)
+        def aim(target: int, target_stride: int, stream: int) -> Callable[[], None]:
+            places = (tokens, token_scales, target, target_stride, scratch, counters, stream)
+            return partial(self.launch, *places)
 
-        return fixed
+        return aim
 
 
 class GpuPrepared(ABC):
@@ -311,9 +314,9 @@ class _Placed:
 
     def __init__(
         self,
-        quantize: Callable[[int, int, int], None],
-        multiply: Callable[[int, int, int], None],
-        finish: Callable[[int, int, int], None] | None,
+        quantize: FixedQuantize,
+        multiply: Callable[[int, int, int], Callable[[], int | None]],
+        finish: FixedDequantize | None,
         sums: int,
     ) -> None:
         self.quantize = quantize
@@ -329,7 +332,6 @@ class Step:
     """
 
     __slots__ = (
-        "_base",
         "_bias",
         "_channel_scales",
         "_dequantize",
@@ -339,6 +341,7 @@ class Step:
         "_placed",
         "_product",
         "_quantize",
+        "_runs",
         "_scaled",
         "_x_scale",
         "nbytes",
@@ -369,35 +372,40 @@ class Step:
         self.nbytes = self._layout.nbytes
         # By the address of the workspace: each stream has its own.
         self._placed: dict[int, _Placed] = {}
-        self._base = -1  # no address
-        self._now: _Placed | None = None
+        # What is launched, and the addresses, strides and stream that it is aimed at.
+        self._runs: tuple[Callable[[], int | None], ...] = ()
+        self._now: tuple[int, ...] | None = None
 
-    def __call__(
+    def launch(
         self, x: int, x_stride: int, out: int, out_stride: int, workspace: Memory, stream: int
     ) -> None:
         """Launch; arrays are device addresses with strides in elements from row to row."""
         base = workspace.address(self.nbytes, stream, self.tokens)
-        placed = self._now
-        if placed is None or base != self._base:
-            placed = self._place(base)
-        placed.quantize(x, x_stride, stream)
-        finish = placed.finish
-        if finish is None:
-            placed.multiply(out, out_stride, stream)
-            return
-        placed.multiply(placed.sums, self._padded_n, stream)
-        finish(out, out_stride, stream)
+        now = (x, x_stride, out, out_stride, base, stream)
+        if now != self._now:
+            self._now = None  # until everything is in place
+            self._runs = self._aimed(*now)
+            self._now = now
+        for run in self._runs:
+            status = run()
+            if status:
+                raise self._placed[base].quantize.error(status)
 
-    def _place(self, base: int) -> _Placed:
-        """The launches for a workspace at ``base``."""
+    def _aimed(
+        self, x: int, x_stride: int, out: int, out_stride: int, base: int, stream: int
+    ) -> tuple[Callable[[], int | None], ...]:
+        """What to call, one after the other."""
         placed = self._placed.get(base)
         if placed is None:
             placed = self._made(base)
             if len(self._placed) >= _PLACES:
                 self._placed.clear()
             self._placed[base] = placed
-        self._base, self._now = base, placed
-        return placed
+        quantize = placed.quantize.aim(x, x_stride, stream)
+        if placed.finish is None:
+            return quantize, placed.multiply(out, out_stride, stream)
+        multiply = placed.multiply(placed.sums, self._padded_n, stream)
+        return quantize, multiply, placed.finish.aim(out, out_stride, stream)
 
     def _made(self, base: int) -> _Placed:
         layout, tokens = self._layout, self.tokens
@@ -411,11 +419,10 @@ class Step:
                 self._channel_scales,
                 self._bias,
                 tokens,
-            ).launch
+            )
         quantize = self._quantize.fixed(base, scales, tokens, layout.padded_tokens, self._x_scale)
-        # Methods, not objects that can be called: that is what costs least.
         return _Placed(
-            quantize.launch,
+            quantize,
             self._product.fixed(base, scales, base + layout.scratch, base - COUNTER_BYTES),
             finish,
             sums,
@@ -518,4 +525,4 @@ class GpuBackend(ABC):
         tokens = x.shape[0]
         direct = prepared.can_write(out_type, out.pointer, out.strides[0], tokens)
         step = prepared.step(tokens, x.kind, out_type, direct, stream)
-        step(x.pointer, x.strides[0], out.pointer, out.strides[0], workspace, stream)
+        step.launch(x.pointer, x.strides[0], out.pointer, out.strides[0], workspace, stream)

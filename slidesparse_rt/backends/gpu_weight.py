@@ -233,7 +233,7 @@ class GpuWeight:
         """
         upload: Buffer | None = None
         if device_of(weight, "weight") == Device("cuda", device.index):
-            current = adapter_of(weight).current_stream(Device("cuda", device.index))
+            current = adapter_of(weight).current_stream(device.index)
             refuse_capture(current)
             order_streams(current, stream)
             view = view_weight(weight, stream)

@@ -80,7 +80,7 @@ class _Product(Product):
 
     def fixed(
         self, tokens: int, token_scales: int, scratch: int, counters: int
-    ) -> Callable[[int, int, int], None]:
+    ) -> Callable[[int, int, int], Callable[[], int | None]]:
         made = self._gemm.fixed(
             self._weight,
             tokens,
@@ -90,7 +90,7 @@ class _Product(Product):
             scratch,
             counters,
         )
-        return made.launch
+        return made.aim
 
 
 class HopperPrepared(GpuPrepared):

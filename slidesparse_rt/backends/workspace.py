@@ -94,7 +94,8 @@ class Workspace:
         """
         block = self._blocks.get(stream)
         if block is not None and block.nbytes >= nbytes + COUNTER_BYTES:
-            if stream not in self._captured and is_capturing(stream):
+            # The default stream (0) is never captured.
+            if stream and stream not in self._captured and is_capturing(stream):
                 self._captured.add(stream)
             return block.pointer + COUNTER_BYTES
         if self.closed:

@@ -1,8 +1,8 @@
 """Launches that are repeated: what stays is written once, and a call writes only what changes.
 
 ``cuLaunchKernel`` takes eleven arguments, and ctypes converts each of them at every call.
-``cuLaunchKernelEx`` takes four addresses, and they stay the same: grid and stream are in a
-structure in host memory, the kernel's arguments in a buffer beside it.
+``cuLaunchKernelEx`` takes four addresses, and they stay the same, so they are converted once: grid
+and stream are in a structure in host memory, the kernel's arguments in a buffer beside it.
 
 Source: cuda.h, ``CUlaunchConfig`` and ``cuLaunchKernelEx``; the driver copies all arguments before
 it returns.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from ..errors import LibraryError
 from .loader import Cuda, Kernel
@@ -148,8 +147,8 @@ class FixedLaunch:
             self._settings.attributes = ctypes.pointer(self._attribute)
             self._settings.attribute_count = 1
         self.stream = 0
-        self.run: Callable[[], int] = partial(
-            cuda.raw("cuLaunchKernelEx"),
+        self.run: Callable[[], int] = cuda.repeated(
+            "cuLaunchKernelEx",
             ctypes.addressof(self._settings),
             kernel.function,
             self._pointers,
@@ -191,10 +190,11 @@ class AimedLaunch:
         self._launch = launch
         self._address = self._stride = -1  # no address
 
-    def launch(self, address: int, stride: int, stream: int) -> None:
-        """Launch for the array at ``address`` with ``stride`` elements from row to row.
+    def aim(self, address: int, stride: int, stream: int) -> Callable[[], int]:
+        """Return what launches for the array at ``address``, until it is aimed at another.
 
-        Raises LibraryError if the driver refuses it.
+        ``stride`` counts elements from row to row.  What is called returns the driver's status;
+        give what is not zero to :meth:`error`.
         """
         if address != self._address or stride != self._stride:
             self._address = -1  # until everything is in place
@@ -203,9 +203,17 @@ class AimedLaunch:
         launch = self._launch
         if stream != launch.stream:
             launch.set_stream(stream)
-        status = launch.run()
+        return launch.run
+
+    def error(self, status: int) -> LibraryError:
+        """Return the error for a status."""
+        return self._launch.error(status)
+
+    def launch(self, address: int, stride: int, stream: int) -> None:
+        """Launch; arguments as of :meth:`aim`.  Raises LibraryError if the driver refuses it."""
+        status = self.aim(address, stride, stream)()
         if status:
-            raise launch.error(status)
+            raise self.error(status)
 
     def _aimed(self, address: int, stride: int) -> FixedLaunch:
         """The launch, with the array in its arguments."""

@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable
-from functools import partial
 
 from ..errors import LibraryError
 from .loader import Cuda, relaxed_capture
@@ -59,7 +58,7 @@ class Recording:
 
         Give what is not zero to :meth:`error`.  The caller keeps the recording alive.
         """
-        return partial(self._cuda.raw("cuGraphLaunch"), self._graph, stream)
+        return self._cuda.repeated("cuGraphLaunch", self._graph, stream)
 
     def error(self, status: int) -> LibraryError:
         """Return the error for what :meth:`on` led to."""

@@ -264,7 +264,7 @@ class _Bench:
         def launch() -> None:
             with workspace.lock:
                 for step, x, y in steps:
-                    step(x, self._k, y, self._n, workspace, self._pointer)
+                    step.launch(x, self._k, y, self._n, workspace, self._pointer)
 
         return launch, max(step.nbytes for step, _, _ in steps)
 
