@@ -15,7 +15,12 @@ from slidesparse_rt.errors import FormatError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = ("end-to-end-h100.json", "end-to-end-h100-2.json", "accuracy-h100.json")
+FILES = (
+    "end-to-end-h100.json",
+    "end-to-end-h100-2.json",
+    "end-to-end-h100-3.json",
+    "accuracy-h100.json",
+)
 SURROUNDINGS = {
     "package": "0.1.0",
     "commit": {"id": "abcdef1234", "dirty": None, "source": "command line"},
@@ -325,7 +330,7 @@ def test_charts_of_costs(tmp_path):
 # -------------------------------------------------------------------------------- plots and pages
 
 
-@pytest.mark.parametrize("names", [FILES[:2], FILES[2:]], ids=["passes", "costs"])
+@pytest.mark.parametrize("names", [FILES[:-1], FILES[-1:]], ids=["passes", "costs"])
 def test_plots_of_models_are_the_same_bytes_every_time(names):
     (chart,) = charts.charts_of([results.read_result(RESULTS / name) for name in names])
     first = plots.draw(chart)
@@ -336,7 +341,7 @@ def test_plots_of_models_are_the_same_bytes_every_time(names):
 
 def test_report_of_files_of_models(tmp_path, run):
     files = [RESULTS / name for name in FILES]
-    shutil.copy(RESULTS / FILES[2], tmp_path / "again.json")
+    shutil.copy(RESULTS / FILES[-1], tmp_path / "again.json")
     out = tmp_path / "out"
     code, _, err = run("bench", "report", *files, tmp_path / "again.json", "--output", out)
     assert code == 0, err
@@ -356,7 +361,7 @@ def test_report_of_files_of_models(tmp_path, run):
     assert len(shown) == len(set(shown)) == 3
     assert sorted(shown) == sorted(f"plots/{path.name}" for path in (out / "plots").iterdir())
     # Nothing of passes where there are none.
-    code, _, err = run("bench", "report", files[2], "--output", out, "--no-plots")
+    code, _, err = run("bench", "report", files[-1], "--output", out, "--no-plots")
     assert code == 0, err
     assert "passes" not in (out / "report.md").read_text()
 
@@ -393,7 +398,7 @@ def test_committed_pages_are_what_the_committed_files_make(home):
     ("name", "shown", "plot"),
     [
         (FILES[1], "end-to-end.md", "end-to-end-qwen2.5-7b-h100.svg"),
-        (FILES[2], "accuracy.md", "accuracy-h100.svg"),
+        (FILES[-1], "accuracy.md", "accuracy-h100.svg"),
     ],
 )
 def test_a_changed_or_unfinished_file_is_noticed(home, name, shown, plot):
@@ -417,8 +422,8 @@ def test_a_changed_or_unfinished_file_is_noticed(home, name, shown, plot):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (FILES[:2], r"has no end-to-end-h100.json, which .*end-to-end.md shows.*end_to_end.py"),
-        (FILES[2:], r"has no accuracy-h100.json, which .*accuracy.md shows.*accuracy.py"),
+        (FILES[:-1], r"has no end-to-end-h100.json, which .*end-to-end.md shows.*end_to_end.py"),
+        (FILES[-1:], r"has no accuracy-h100.json, which .*accuracy.md shows.*accuracy.py"),
     ],
     ids=["passes", "costs"],
 )

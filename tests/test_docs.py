@@ -196,7 +196,9 @@ def test_the_readme_quotes_the_performance_of_an_h100() -> None:
 
 
 def end_to_end_groups() -> dict[str, Group]:
-    files = sorted((ROOT / "benchmarks" / "results").glob("end-to-end-h100*.json"))
+    results = ROOT / "benchmarks" / "results"
+    # In the order of the page: the one without a number first.
+    files = sorted(results.glob("end-to-end-h100*.json"), key=lambda path: path.stem)
     return {group.pattern.name: group for group in groups([read_result(path) for path in files])}
 
 
@@ -247,7 +249,7 @@ def test_what_the_end_to_end_page_says_in_words_is_so() -> None:
     plain = 2 * six.result.document["linear_weights"]
     for pattern in ("6:8", "8:10"):
         assert held[f"{pattern} int8"] > held["dense"]
-        assert held[f"{pattern} fp8_e4m3"] > plain > held["dense"]
+        assert 0.95 < held[f"{pattern} fp8_e4m3"] / plain < 1.05
 
 
 def test_what_the_accuracy_page_says_in_words_is_so() -> None:

@@ -104,11 +104,16 @@ def test_drivers_that_lose_it_in_graphs_are_not_asked_for_an_early_start(kernels
 
 def test_many_tokens_wait_for_the_kernel_before(kernels):
     """Blocks must come to multiprocessors in order, for the sake of L2."""
-    for tokens in (1, 256, 257, 16384):
-        gemm = HopperGemm(kernels, "int8", "bfloat16", 256, 512, 512, tokens, HopperConfig(128, 2))
-        gemm(*OPERANDS, 0x6000, 256, *REST)
-    early = [launch["attributes"] for launch in kernels.cuda.launches]
-    assert early == [[(6, 1)], [(6, 1)], [], []]
+    config = HopperConfig(128, 2)
+    for row_bytes, most in ((512, 4096), (16_384, 4096), (16_640, 256)):
+        for tokens in (1, most, most + 1, 70_000):
+            gemm = HopperGemm(
+                kernels, "int8", "bfloat16", 256, row_bytes, row_bytes, tokens, config
+            )
+            gemm(*OPERANDS, 0x6000, 256, *REST)
+        early = [launch["attributes"] for launch in kernels.cuda.launches]
+        assert early == [[(6, 1)], [(6, 1)], [], []]
+        kernels.cuda.launches.clear()
 
 
 def test_no_more_blocks_than_multiprocessors(kernels):

@@ -40,10 +40,11 @@ _SWIZZLES = {64: 2, 128: 3}
 _PROMOTE_256B = 3
 _FILL_ZEROS = 0
 
-#: Tokens up to which it may begin while the kernel before it still runs.  Blocks then come to
-#: multiprocessors in the order in which these fall free, and no longer in that in which neighbours
-#: read the same from L2: with many tokens that costs more than a launch (docs/hopper-kernel.md).
-_EARLY_TOKENS = 256
+#: Tokens up to which it may begin while the kernel before it still runs, and up to which it may
+#: where rows of the packed matrix have at most so many bytes.  Blocks then come to multiprocessors in
+#: the order in which these fall free, and no longer in that in which neighbours read the same from
+#: L2: where there is much to share that costs more than a launch (docs/hopper-kernel.md).
+_EARLY_TOKENS, _EARLY_TOKENS_SHORT, _SHORT_ROWS = 256, 4096, 1 << 14
 
 #: Tensor maps of results that a product keeps: PyTorch gives new results a few addresses in turn.
 _OUT_MAPS = 16
@@ -132,7 +133,8 @@ class HopperGemm:
         spec = catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
         self._shape = (cut.blocks, config.threads, 1, config.shared_bytes)
-        self._early = tokens <= _EARLY_TOKENS and starts_early(kernels.cuda)
+        limit = _EARLY_TOKENS_SHORT if slid_bytes <= _SHORT_ROWS else _EARLY_TOKENS
+        self._early = tokens <= limit and starts_early(kernels.cuda)
         panels = -(-n // PANEL_ROWS)
         self._sizes = (
             tokens,
