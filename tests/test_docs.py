@@ -277,15 +277,31 @@ def test_what_the_accuracy_page_says_in_words_is_so() -> None:
     assert all(0.02 < saved[name] < 0.07 for name in ("6:8", "4:6", "2:4"))
 
 
-def test_the_demo_page_quotes_its_result_file() -> None:
-    document = json.loads((ROOT / "benchmarks" / "results" / "demo-cpu.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "between"), [("demo-cpu.json", r"\s+"), ("demo-h100.json", r" \| ")]
+)
+def test_the_demo_page_quotes_its_result_files(name: str, between: str) -> None:
+    document = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
     page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
-    assert document["command"] in page
+    assert name in page
     for row in document["rows"]:
         accuracy = row["accuracy"]
         keys = ("output_error", "cosine_mean", "cosine_min", "rank_correlation")
-        numbers = r"\s+".join(re.escape(f"{accuracy[key]:.4f}") for key in keys)
+        numbers = between.join(re.escape(f"{accuracy[key]:.4f}") for key in keys)
         assert re.search(rf"{row['dtype']} .*{numbers}", page), row
+
+
+def test_the_readme_quotes_the_host_time_of_a_bound_run() -> None:
+    path = ROOT / "benchmarks" / "results" / "overhead-h100.json"
+    times = {
+        (row["call"], row["backend"], row["dtype"]): row["median_us"]
+        for row in json.loads(path.read_text())["rows"]
+    }
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    bound = times["SparseGemmPlan.bind, each call", "auto", "int8"]
+    torch_mm = times["torch.mm", "torch", "bf16"]
+    assert f"at once: {bound:.0f} us of the host's time" in text
+    assert f"where `torch.mm` takes {torch_mm:.0f}." in text
 
 
 def test_the_pattern_table_is_computed() -> None:

@@ -41,9 +41,9 @@ _PROMOTE_256B = 3
 _FILL_ZEROS = 0
 
 #: Tokens up to which it may begin while the kernel before it still runs, and up to which it may
-#: where rows of the packed matrix have at most so many bytes.  Blocks then come to multiprocessors in
-#: the order in which these fall free, and no longer in that in which neighbours read the same from
-#: L2: where there is much to share that costs more than a launch (docs/hopper-kernel.md).
+#: where rows of the packed matrix have at most so many bytes.  Blocks then come to multiprocessors
+#: in the order in which these fall free, and no longer in that in which neighbours read the same
+#: from L2: where there is much to share that costs more than a launch (docs/hopper-kernel.md).
 _EARLY_TOKENS, _EARLY_TOKENS_SHORT, _SHORT_ROWS = 256, 4096, 1 << 14
 
 #: Tensor maps of results that a product keeps: PyTorch gives new results a few addresses in turn.
