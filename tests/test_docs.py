@@ -195,6 +195,38 @@ def test_the_readme_quotes_the_performance_of_an_h100() -> None:
     )
 
 
+def test_the_page_of_the_kernel_says_what_it_reaches() -> None:
+    rows = {
+        name: {
+            (row["pattern"], row["dtype"], row["m"], row["stage"], row["mode"]): row
+            for row in read_result(ROOT / "benchmarks" / "results" / name).rows
+        }
+        for name in ("gemm-sustained-h100.json", "gemm-h100.json")
+    }
+    sustained, burst = rows.values()
+
+    def both(held: dict[Any, Any], pattern: str, m: int, mode: str) -> str:
+        keys = [(pattern, dtype, m, "op", mode) for dtype in ("int8", "fp8_e4m3")]
+        return " / ".join(f"{held[key]['ratio_best_8bit']['hopper']:.2f}" for key in keys)
+
+    page = (ROOT / "docs" / "hopper-kernel.md").read_text(encoding="utf-8")
+    for pattern in ("2:4", "4:6", "6:8", "8:10"):
+        gemm = [
+            f"{sustained[pattern, dtype, 16384, 'gemm', 'sustained']['ratio']['hopper']:.2f}"
+            for dtype in ("int8", "fp8_e4m3")
+        ]
+        many, fewer = (both(sustained, pattern, m, "sustained") for m in (16384, 2048))
+        wanted = r" \([0-9./ ]+\)"
+        line = rf"\| {pattern} \| " + r" \| ".join(
+            re.escape(number) + wanted for number in (*gemm, many, fewer)
+        )
+        assert re.search(line, page), pattern
+        few = " | ".join(both(burst, pattern, m, "burst") for m in (16, 64, 256))
+        assert f"| {pattern} | {few} |" in page
+        wide = burst[pattern, "bf16", 4096, "gemm", "burst"]["ratio"]["hopper"]
+        assert f"{pattern} {wide:.2f}" in page
+
+
 def end_to_end_groups() -> dict[str, Group]:
     results = ROOT / "benchmarks" / "results"
     # In the order of the page: the one without a number first.
