@@ -4,6 +4,7 @@ What is timed is what a run costs the GPU: quantize and lift, multiply, and the 
 there is one, from bfloat16 to bfloat16.  It is captured as a CUDA graph, so that the host's speed
 plays no part, and replayed in shuffled rounds; the median counts.  Where tokens are few the level-2
 cache is emptied before every replay: in a model the other layers' weights have gone through it.
+Not so for the smallest weights, which are parts of models that stay in it as a whole.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ _UNIT_US, _MOST_REPLAYS = 100.0, 16
 #: idle; and most replays.
 _WARM_US, _START_US, _MOST_WARM = 3_000.0, 50_000.0, 5_000
 _FIRST = 3
+#: Bytes of a dense weight from which on its model is too large for the level-2 cache: a few dozen
+#: layers of such a size are.
+_COLD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +62,8 @@ class MeasureOptions:
     most_tokens:
         The largest number of tokens, one of 1, 16, 32, 64, ... 16384.
     cold_tokens:
-        Up to so many tokens the level-2 cache is emptied before each replay; 0: never.
+        Up to so many tokens the level-2 cache is emptied before each replay, for weights of 1 MiB
+        and more; 0: never.
     rounds:
         Replays of each backend that are timed; ``None``: 7 to 41, as many as take 40 ms.
     seconds:
@@ -157,8 +162,10 @@ class _Bench:
         self._able = list(forms)
         self._refused = {name: _words(error) for name, error in forms.failed.items()}
         self._n, self._k = forms.weight.n, forms.weight.k
+        large = self._n * self._k * forms.weight.operand.bits // 8 >= _COLD_BYTES
+        self._cold_tokens = settings.cold_tokens if large else 0
         # Whatever goes wrong, nothing is given back that is in use.
-        flushed = 2 * forms.device.l2_bytes if min(buckets) <= settings.cold_tokens else 0
+        flushed = 2 * forms.device.l2_bytes if min(buckets) <= self._cold_tokens else 0
         self._flushed = held.enter_context(forms.device.allocate(flushed))
         self._buckets, self._x, self._y = self._arrays(buckets, held)
         held.callback(self._stream.synchronize)
@@ -230,7 +237,7 @@ class _Bench:
                     max(nbytes for _, nbytes in launches.values()), self._pointer, tokens
                 )
             graphs = self._each(launches, lambda name: self._capture(launches[name][0]))
-            return self._times(graphs, cold=tokens <= self._settings.cold_tokens)
+            return self._times(graphs, cold=tokens <= self._cold_tokens)
 
     def _each(self, names: Any, make: Callable[[str], Any]) -> dict[str, Any]:
         """What ``make`` returns for each backend; one that breaks is refused from now on."""

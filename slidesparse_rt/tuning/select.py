@@ -400,7 +400,7 @@ def _choices(dispatch: Dispatch, table: Table) -> list[str]:
     """A row for each number of tokens that was measured, and where the choice changes."""
     names = table.backends
     width = max(10, *(len(name) + 2 for name in names))
-    cache = f"level-2 cache emptied up to {table.cold_tokens} tokens"
+    cache = f"level-2 cache emptied up to {table.cold_tokens} tokens from 1 MiB of weight on"
     rows = [f"  measured microseconds of a run, bfloat16 in and out, {cache}:"]
     rows.append(
         f"    {'tokens':>8}  {'runs':<{width}}" + "".join(f"{name:>{width}}" for name in names)
