@@ -320,6 +320,8 @@ class SparseGemmPlan:
         """
         if self._closed:
             raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+        if not isinstance(graph, bool):
+            raise OptionError(f"graph is {graph!r}; allowed are True and False")
         if self._on_gpu:
             bound: BoundRun = self._runner.bind(x, self._out_type, out, stream, graph=graph)
             return bound

@@ -509,6 +509,7 @@ def test_on_the_cpu_wrong_arguments_are_refused_at_once() -> None:
             (ss.DTypeError, "the result is float32", (x, np.zeros((3, 24), np.float16)), {}),
             (ss.ArrayError, "shares memory", (x, x[:, :24]), {}),
             (ss.OptionError, "runs on the CPU", (x,), {"stream": 5}),
+            (ss.OptionError, "graph is 1; allowed are True and False", (x,), {"graph": 1}),
             (ss.ArrayError, "x is a JAX array", (jnp.asarray(x),), {}),
         ]:
             with pytest.raises(error, match=says):
