@@ -60,6 +60,24 @@ def expected_for(x):
     return reference(weight(0, N, K, "6:8"), "6:8", x, "int8")
 
 
+def test_bound_runs_are_recorded_on_a_gpu_that_is_not_current(plan):
+    import torch
+
+    x = data(2, (30, K), "bfloat16")
+    held = to_torch(x).to(SECOND)
+    for stream in (None, torch.cuda.Stream(device=SECOND)):
+        with torch.cuda.stream(stream):
+            torch.cuda.set_device(0)
+            bound = plan.bind(held, stream=stream)
+            for _ in range(6):
+                bound.out.fill_(7)
+                torch.cuda.synchronize(SECOND)
+                bound()
+                torch.cuda.synchronize(SECOND)
+                assert_same(to_host(bound.out), expected_for(x))
+            assert bound._replay_stream >= 0
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_torch_on_a_gpu_that_is_not_current(plan, kind):
     import torch
