@@ -14,11 +14,10 @@ from .backends.gpu_device import gpu_device, is_capturing, working_on
 from .backends.gpu_gemm import GpuPrepared, Step
 from .backends.workspace import Workspace
 from .bound import BoundRun
+from .device_adapters import Adapter, adapter_of
 from .device_arrays import (
     PER_THREAD_STREAM,
-    Adapter,
     DeviceArray,
-    adapter_of,
     byte_range,
     checked_out,
     collapse_rows,
