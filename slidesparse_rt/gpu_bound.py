@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from .arrays import Device
 from .backends.gpu_device import is_capturing, working_on
-from .backends.gpu_gemm import Step
+from .backends.gpu_step import Step
 from .backends.workspace import Block, Memory, Workspace
 from .bound import BoundRun
 from .device_adapters import Adapter

@@ -11,7 +11,8 @@ from typing import Any
 from .arrays import Device, device_of, library_of_type, refuse_autograd, refuse_out_gradient
 from .backends import Problem
 from .backends.gpu_device import gpu_device, is_capturing, working_on
-from .backends.gpu_gemm import GpuPrepared, Step
+from .backends.gpu_gemm import GpuPrepared
+from .backends.gpu_step import Step
 from .backends.workspace import Workspace
 from .bound import BoundRun
 from .device_adapters import Adapter, adapter_of

@@ -17,7 +17,7 @@ import torch
 import slidesparse_rt as ss
 from slidesparse_rt import device_adapters, gpu_run, workspace
 from slidesparse_rt.arrays import Device
-from slidesparse_rt.backends import Problem, gpu_gemm
+from slidesparse_rt.backends import Problem, gpu_gemm, gpu_step
 from slidesparse_rt.backends.workspace import COUNTER_BYTES, Workspace
 from slidesparse_rt.device_arrays import refuse_per_thread_stream, stream_pointer
 from slidesparse_rt.dtypes import array_type, operand
@@ -370,7 +370,7 @@ def test_the_default_stream_is_not_asked_whether_it_is_captured(
 def test_a_product_of_a_library_is_repeated() -> None:
     calls: list[tuple[int, ...]] = []
 
-    class Product(gpu_gemm.Product):
+    class Product(gpu_step.Product):
         def launch(self, *arguments: int) -> None:
             calls.append(arguments)
 
