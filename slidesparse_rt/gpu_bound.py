@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from .arrays import Device
 from .backends.gpu_device import is_capturing, working_on
-from .backends.gpu_gemm import Step
+from .backends.gpu_step import Step
 from .backends.workspace import Block, Memory, Workspace
 from .bound import BoundRun
-from .device_arrays import PER_THREAD_STREAM, Adapter, set_device
+from .device_adapters import Adapter
+from .device_arrays import PER_THREAD_STREAM, set_device
 from .errors import ArrayError, LibraryError
 from .kernels.loader import kernels_of, relaxed_capture
 from .kernels.recording import Recording

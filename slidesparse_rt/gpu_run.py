@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
 from threading import get_ident
 from typing import Any
 
 from .arrays import Device, device_of, library_of_type, refuse_autograd, refuse_out_gradient
 from .backends import Problem
 from .backends.gpu_device import gpu_device, is_capturing, working_on
-from .backends.gpu_gemm import GpuPrepared, Step
 from .backends.workspace import Workspace
 from .bound import BoundRun
+from .device_adapters import Adapter, adapter_of
 from .device_arrays import (
     PER_THREAD_STREAM,
-    Adapter,
-    DeviceArray,
-    adapter_of,
     byte_range,
     checked_out,
     collapse_rows,
     cuda_runtime,
     cupy_stream,
     order_streams,
-    refuse_overlap,
     refuse_per_thread_stream,
     same_device,
     set_device,
     stream_pointer,
 )
 from .dtypes import ArrayType
-from .errors import (
-    ArrayError,
-    CaptureError,
-    DeviceError,
-    DeviceMemoryError,
-    LibraryError,
-    OptionError,
-    PlanClosed,
-    ShapeError,
-)
+from .errors import ArrayError, CaptureError, DeviceError, LibraryError, OptionError, PlanClosed
 from .gpu_bound import NO_CONTEXT, BoundArray, BoundOnGpu
+from .gpu_route import ALIGNMENT_BITS, Form, Route, refuse_addresses, refuse_memory, route_of
 from .kernels.loader import kernels_of, relaxed_capture
 from .options import PlanOptions
 from .tuning import Dispatch
@@ -54,49 +41,6 @@ __all__ = ["GpuRunner"]
 _ROUTES = 128
 #: Steps that a route remembers; a thread has one or two.
 _STEPS = 8
-#: The bits of an address by which a library may decide whether it can write there.
-_ALIGNMENT_BITS = 255
-
-
-class _Form:
-    """The weight in the form of one backend, and the most tokens that it takes at a time."""
-
-    __slots__ = ("always_direct", "most", "prepared")
-
-    def __init__(self, prepared: GpuPrepared, limit: int) -> None:
-        self.prepared = prepared
-        self.always_direct = prepared.always_direct
-        self.most = prepared.most_tokens(limit)
-
-
-@dataclass(slots=True)
-class _Route:
-    """What follows from the kinds of an x and an out, whatever their addresses.
-
-    ``first`` and ``last`` are the offsets of the first byte that x touches and of the one after the
-    last, seen from its address; ``out_first`` and ``out_last`` are those of out.
-    """
-
-    rows: int
-    stride: int
-    kind: ArrayType
-    first: int
-    last: int
-    #: The type of result that was asked for, and the one that it has.
-    asked: ArrayType | None
-    out_kind: ArrayType
-    out_shape: tuple[int, ...]
-    form: _Form
-    #: Of the result: the caller's, or a new one, which :attr:`make` makes.
-    out_stride: int
-    out_first: int = 0
-    out_last: int = 0
-    make: Callable[[], Any] | None = None
-    #: Lowest bits of the result's address -> whether the library writes it.
-    direct: dict[int, bool] = field(default_factory=dict)
-    #: What each thread launches: thread (its complement where the library does not write the
-    #: result) -> step.
-    steps: dict[int, Step] = field(default_factory=dict)
 
 
 class GpuRunner:
@@ -126,10 +70,10 @@ class GpuRunner:
     ) -> None:
         limit = options.workspace_limit
         self._dispatch = dispatch
-        self._forms: dict[str, _Form] = (
-            {"": _Form(prepared, limit)}
+        self._forms: dict[str, Form] = (
+            {"": Form(prepared, limit)}
             if dispatch is None
-            else {name: _Form(prepared[name], limit) for name in dispatch.backends}
+            else {name: Form(prepared[name], limit) for name in dispatch.backends}
         )
         self._problem = problem
         #: Where it runs.
@@ -138,7 +82,7 @@ class GpuRunner:
         #: The runtime's own function: each call within a call counts.
         self.current_device: Callable[[], int] = cuda_runtime().getDevice
         # Threads may fill these at once: both would write the same.
-        self._routes: dict[Hashable, _Route] = {}
+        self._routes: dict[Hashable, Route] = {}
         self._adapters: dict[type, Adapter] = {}
         self._parked: deque[tuple[Any, object]] = deque()
         self._captured: list[object] = []
@@ -198,7 +142,7 @@ class GpuRunner:
                     try:
                         result = route.make()  # type: ignore[misc]
                     except Exception as error:
-                        self._refuse_memory(route, error)
+                        refuse_memory(route, self.device, error)
                         raise
                 else:
                     result = out
@@ -208,7 +152,7 @@ class GpuRunner:
                     and target + route.out_first < address + route.last
                     and address + route.first < target + route.out_last
                 ):
-                    self._refuse_addresses(route, address, target)
+                    refuse_addresses(route, address, target)
             self._launch(route, address, target, pointer)
             if owner is not None:
                 self._park(owner, pointer)
@@ -257,7 +201,7 @@ class GpuRunner:
                 if adapter.signature is None or given.signature is None:
                     # Reading them may have made this one stream wait; calls may come on others.
                     self.workspace.device.synchronize(pointer)
-                parts = tuple(self._parts(route, address, target, pointer))
+                parts = tuple(route.parts(address, target, pointer))
                 if parts:
                     nbytes = max(step.nbytes for step, _, _ in parts)
                     self.workspace.address(nbytes, pointer, route.rows)
@@ -353,7 +297,7 @@ class GpuRunner:
                 f"that was made on {self.device}"
             )
 
-    def _new(self, adapter: Adapter, route: _Route, stream: int) -> Any:
+    def _new(self, adapter: Adapter, route: Route, stream: int) -> Any:
         """A new result from x's library; DeviceMemoryError where it has no memory for it."""
         route.make = make = adapter.maker(route.out_shape, route.out_kind, self.device, stream)
         try:
@@ -363,17 +307,8 @@ class GpuRunner:
             with relaxed_capture():
                 return make()
         except Exception as error:
-            self._refuse_memory(route, error)
+            refuse_memory(route, self.device, error)
             raise
-
-    def _refuse_memory(self, route: _Route, error: Exception) -> None:
-        """Raise DeviceMemoryError if ``error`` is a library's for a result that finds no memory."""
-        # Each library has a class of its own for this.
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-            raise DeviceMemoryError(
-                f"there is no memory on {self.device} for a result of shape {route.out_shape} and "
-                f"type {route.out_kind.name}: {error}; free memory, or pass out="
-            ) from error
 
     def _park(self, owner: object, stream: int) -> None:
         """Keep ``owner`` until the work under way on ``stream`` is done."""
@@ -398,13 +333,13 @@ class GpuRunner:
         out_type: ArrayType | None,
         out: Any,
         stream: int,
-    ) -> tuple[_Route, int, Any, int, object]:
+    ) -> tuple[Route, int, Any, int, object]:
         """(route, address of x, result, its address, what x must be kept by), all checked.
 
         The route is remembered under ``key``, unless that is ``None``.
         """
         view = adapter.view(x, "x", stream)
-        route = self._route(view, out_type)
+        route = route_of(view, out_type, self._problem, self._form)
         if out is None:
             result = self._new(adapter, route, stream)
             if adapter.pointer is not None:
@@ -413,36 +348,14 @@ class GpuRunner:
                 target = adapter.view(result, "the result", stream).pointer
         else:
             result, target = out, self._out_route(out, route, stream)
-        self._refuse_addresses(route, view.pointer, target)
+        refuse_addresses(route, view.pointer, target)
         if key is not None:
             if len(self._routes) >= _ROUTES:
                 self._routes.clear()
             self._routes[key] = route
         return route, view.pointer, result, target, view.owner
 
-    def _route(self, view: DeviceArray, out_type: ArrayType | None) -> _Route:
-        shape = view.shape
-        if not shape or shape[-1] != self._problem.k:
-            raise ShapeError(
-                f"x has shape {shape}; allowed is (..., {self._problem.k}): the last extent is "
-                f"the weight's K"
-            )
-        rows, stride = collapse_rows(view, "x")
-        first, last = byte_range(view)
-        return _Route(
-            rows,
-            stride,
-            view.kind,
-            first - view.pointer,
-            last - view.pointer,
-            out_type,
-            out_type or view.kind,
-            (*shape[:-1], self._problem.n),
-            self._form(rows),
-            self._problem.n,
-        )
-
-    def _out_route(self, out: Any, route: _Route, stream: int) -> int:
+    def _out_route(self, out: Any, route: Route, stream: int) -> int:
         """The address of the caller's ``out``, once it is found fit and noted in ``route``."""
         adapter = self._adapter(out)
         same_device(device_of(out, "out"), self.device, "out")
@@ -457,24 +370,11 @@ class GpuRunner:
         route.out_first, route.out_last = first - view.pointer, last - view.pointer
         return view.pointer
 
-    @staticmethod
-    def _refuse_addresses(route: _Route, x: int, out: int) -> None:
-        """Raise ArrayError for an x without memory, and for an out that meets it.
-
-        A new result lies elsewhere: its offsets are 0.
-        """
-        if x == 0 and route.rows:
-            raise ArrayError("x has no memory (a fake or wrapper tensor?); pass a plain array")
-        if route.out_first != route.out_last:
-            refuse_overlap(
-                x + route.first, x + route.last, out + route.out_first, out + route.out_last
-            )
-
-    def _form(self, tokens: int) -> _Form:
+    def _form(self, tokens: int) -> Form:
         """The form that runs for so many tokens."""
         return self._forms["" if self._dispatch is None else self._dispatch.at(tokens)]
 
-    def _launch(self, route: _Route, x: int, out: int, stream: int, *, again: bool = False) -> None:
+    def _launch(self, route: Route, x: int, out: int, stream: int, *, again: bool = False) -> None:
         workspace, form, rows = self.workspace, route.form, route.rows
         try:
             # One thread at a time: what it launches must not be interleaved with another's.
@@ -482,15 +382,15 @@ class GpuRunner:
                 if self.closed or workspace.closed:
                     self.check_open()
                 if not 0 < rows <= form.most:
-                    for part, x_part, out_part in self._parts(route, x, out, stream):
+                    for part, x_part, out_part in route.parts(x, out, stream):
                         with relaxed_capture():
                             part.launch(
                                 x_part, route.stride, out_part, route.out_stride, workspace, stream
                             )
                     return
-                direct = form.always_direct or route.direct.get(out & _ALIGNMENT_BITS)
+                direct = form.always_direct or route.direct.get(out & ALIGNMENT_BITS)
                 if direct is None:
-                    direct = self._direct(route, out, rows)
+                    direct = route.writes(out, rows)
                 thread = get_ident()
                 step = route.steps.get(thread if direct else ~thread)
                 if step is not None:
@@ -512,28 +412,6 @@ class GpuRunner:
         # Nothing was launched: the runtime makes its context the thread's, and all is repeated.
         set_device(self._index)
         self._launch(route, x, out, stream, again=True)
-
-    def _direct(self, route: _Route, out: int, rows: int) -> bool:
-        """Whether the library writes ``rows`` rows of results at ``out`` itself."""
-        found = route.form.prepared.can_write(route.out_kind, out, route.out_stride, rows)
-        if rows == route.rows:
-            route.direct[out & _ALIGNMENT_BITS] = found
-        return found
-
-    def _parts(
-        self, route: _Route, x: int, out: int, stream: int
-    ) -> Iterator[tuple[Step, int, int]]:
-        """(step, address of x, address of out) of each launch; hold the workspace's lock."""
-        form, rows = route.form, route.rows
-        x_bytes = route.stride * (route.kind.bits // 8)
-        out_bytes = route.out_stride * (route.out_kind.bits // 8)
-        while rows > 0:
-            part = min(rows, form.most)
-            direct = self._direct(route, out, part)
-            yield form.prepared.step(part, route.kind, route.out_kind, direct, stream), x, out
-            rows -= part
-            x += part * x_bytes
-            out += part * out_bytes
 
 
 #: An address that every library can write to with its widest stores.

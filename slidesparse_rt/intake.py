@@ -50,7 +50,7 @@ def readable(source: SparseWeight | RawWeight, home: Device) -> SparseWeight | R
     missing = gpu_refusal((), home)
     if missing:
         raise BackendUnavailable(f"no backend can run a weight on {home}: {missing}")
-    from .device_arrays import to_cupy
+    from .device_adapters import to_cupy
 
     return RawWeight(to_cupy(source.array, "weight"), source.pattern, source.operand)
 
@@ -69,7 +69,7 @@ def checked_bias(bias: Any, n: int) -> NDArray | None:
     if bias is None:
         return None
     if device_of(bias, "bias").kind == "cuda":
-        from .device_arrays import to_host
+        from .device_adapters import to_host
         from .kernels.loader import relaxed_capture
 
         with relaxed_capture():

@@ -49,7 +49,7 @@ def check_pattern(weight: Any, pattern: str | Pattern, *, threads: int | None = 
         return
     from .backends.gpu_device import gpu_device, working_on
     from .backends.gpu_weight import check_on_device, refuse_capture, view_weight
-    from .device_arrays import adapter_of
+    from .device_adapters import adapter_of
 
     with working_on(device.index):
         stream = adapter_of(weight).current_stream(device.index)
@@ -102,7 +102,7 @@ def prune(
     parsed = Pattern.parse(pattern)
     device = device_of(weight, "weight")
     if norms is not None and device_of(norms, "norms").kind != "cpu":
-        from .device_arrays import to_host
+        from .device_adapters import to_host
         from .kernels.loader import relaxed_capture
 
         with relaxed_capture():
@@ -116,7 +116,7 @@ def prune(
 def _prune_on_gpu(weight: Any, pattern: Pattern, method: str, norms: Any, device: Device) -> Any:
     from .backends.gpu_device import gpu_device, working_on
     from .backends.gpu_weight import refuse_capture, refuse_nonfinite_on_device, view_weight
-    from .device_arrays import adapter_of
+    from .device_adapters import adapter_of
     from .kernels.weight_launch import weight_kernels
 
     gpu, adapter = gpu_device(device.index), adapter_of(weight)

@@ -15,7 +15,7 @@ from fake_cuda import FakeKernels, LaunchingCuda
 from fake_gpu import Gpu, Memory
 
 import slidesparse_rt as ss
-from slidesparse_rt import device_arrays, gpu_bound, gpu_run
+from slidesparse_rt import device_adapters, gpu_bound, gpu_run
 from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Problem, gpu_gemm, hopper, workspace
 from slidesparse_rt.backends.gpu_weight import GpuWeight
@@ -170,14 +170,14 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(module, "is_capturing", lambda stream: stream in made.capturing)
     monkeypatch.setattr(gpu_run, "order_streams", lambda *pair: made.ordered.append(pair))
     adapter = dataclasses.replace(
-        device_arrays._torch_adapter(),
+        device_adapters._torch_adapter(),
         maker=lambda shape, kind, device, stream: partial(
             torch.empty, shape, dtype=getattr(torch, kind.name)
         ),
         current_stream=lambda device: made.current_stream,
         share=lambda array, stream, device: made.shared.append(stream),
     )
-    real = device_arrays.adapter_of
+    real = device_adapters.adapter_of
     monkeypatch.setattr(
         gpu_run,
         "adapter_of",

@@ -17,7 +17,7 @@ from bench_fakes import Cuda, fake_cupy
 from fake_gpu import Gpu, Memory
 
 import slidesparse_rt as ss
-from slidesparse_rt import device_arrays, gpu_run, plan
+from slidesparse_rt import device_adapters, gpu_run, plan
 from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Choice, Problem, gpu_device, gpu_forms, workspace
 from slidesparse_rt.backends.gpu_gemm import GpuPrepared
@@ -209,7 +209,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ma
         monkeypatch.setattr(module, "is_capturing", lambda stream: cuda.capturing is not None)
     monkeypatch.setattr(gpu_forms, "to_gpu", made.upload)
     adapter = dataclasses.replace(
-        device_arrays._torch_adapter(),
+        device_adapters._torch_adapter(),
         maker=lambda shape, kind, device, stream: partial(
             torch.empty, shape, dtype=getattr(torch, kind.name)
         ),

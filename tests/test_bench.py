@@ -9,7 +9,7 @@ import pytest
 from bench_fakes import BF16, SMALL, measure_kernels, new_record
 
 from slidesparse_rt import plan as plan_module
-from slidesparse_rt.bench import checks, overhead, quantize, record, shapes
+from slidesparse_rt.bench import checks, overhead, overhead_calls, quantize, record, shapes
 from slidesparse_rt.bench.record import Budget
 from slidesparse_rt.errors import (
     BackendUnavailable,
@@ -175,7 +175,7 @@ def measure_overhead(gpu, others=None, arrays=None, budget=None):
         done=lambda: None,
         arrays=arrays or HostArrays(),
         make_plan=HostPlan,
-        others=others or (lambda settings, index: []),
+        others=others or (lambda m, n, k, index: []),
         launches=lambda index: [("cuLaunchKernelEx", "any", int)],
     )
     return result, lines
@@ -186,7 +186,7 @@ def test_overhead_measures_plans_and_pytorch(gpu):
         raise RuntimeError("not compiled with it\nand more")
 
     result, _ = measure_overhead(
-        gpu, lambda settings, index: [("torch.mm", "bf16", int), ("torch._x", "int8", refuses)]
+        gpu, lambda m, n, k, index: [("torch.mm", "bf16", int), ("torch._x", "int8", refuses)]
     )
     record.check_document(result.document)
     calls = [(row["backend"], row["dtype"], row["call"]) for row in result.rows]
@@ -230,7 +230,7 @@ def test_overhead_refuses_wrong_outputs_and_keeps_to_its_budget(gpu, monkeypatch
 def test_bare_launches_do_nothing_as_plans_do_something(monkeypatch):
     made = fake_machine.Kernels()
     monkeypatch.setattr(loader, "kernels_of", lambda index: {3: made}[index])
-    calls = overhead.driver_calls(3)
+    calls = overhead_calls.driver_calls(3)
     assert [(call, dtype) for call, dtype, _ in calls] == [
         ("cuDriverGetVersion", "any"),
         ("cuLaunchKernel", "any"),
@@ -267,7 +267,7 @@ def test_torch_calls_compute_what_they_claim(monkeypatch):
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "device", lambda kind, index=0: "cpu")
     settings = overhead.OverheadSettings(n=64, k=64)
-    made = overhead.torch_calls(settings, 0)
+    made = overhead_calls.torch_calls(settings.m, settings.n, settings.k, 0)
     names = {(call, dtype) for call, dtype, _ in made}
     assert ("torch._scaled_mm", "fp8_e4m3") in names
     assert {dtype for call, dtype in names if call == "torch._cslt_sparse_mm"} == {
@@ -310,5 +310,5 @@ def test_overhead_settings():
         with pytest.raises(OptionError):
             overhead.OverheadSettings(**wrong)
     weight = np.ones((2, 20), np.float32)
-    overhead.drop_last(weight, Pattern.parse("6:8"))
+    overhead_calls.drop_last(weight, Pattern.parse("6:8"))
     assert weight[0].tolist() == [1] * 6 + [0] * 2 + [1] * 6 + [0] * 2 + [1] * 4

@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 from slidesparse_rt.dtypes import ARRAY_TYPES, OPERANDS
 from slidesparse_rt.errors import BackendUnavailable, LibraryError, OptionError
 from slidesparse_rt.ffi import cublaslt, cusparselt
-from slidesparse_rt.ffi.checked import Attribute, CLibrary, DataType, HostScalar, Memory
+from slidesparse_rt.ffi.checked import Attribute, CLibrary, DataType, HostScalar
 from slidesparse_rt.ffi.cublaslt import CublasLt
 from slidesparse_rt.ffi.cusparselt import CuSparseLt
 from slidesparse_rt.ffi.libraries import Missing, examine, find
 from slidesparse_rt.ffi.libraries import library as table_row
+from slidesparse_rt.ffi.objects import Memory
 
 # --- the real libraries ---------------------------------------------------------------------------
 

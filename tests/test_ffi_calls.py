@@ -19,9 +19,10 @@ from slidesparse_rt.errors import (
     PlanClosed,
 )
 from slidesparse_rt.ffi import cublaslt, cusparselt
-from slidesparse_rt.ffi.checked import CLibrary, DataType, Memory, declare, functions
+from slidesparse_rt.ffi.checked import CLibrary, DataType, declare, functions
 from slidesparse_rt.ffi.cublaslt import CublasLt
 from slidesparse_rt.ffi.cusparselt import CuSparseLt
+from slidesparse_rt.ffi.objects import Memory
 
 
 def test_functions_are_bound_when_first_called() -> None:

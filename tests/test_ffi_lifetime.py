@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from slidesparse_rt.errors import BackendUnavailable, DeviceMemoryError, OptionError, PlanClosed
 from slidesparse_rt.ffi import cusparselt, handles
-from slidesparse_rt.ffi.checked import DataType, Gate, Resource
+from slidesparse_rt.ffi.checked import DataType
 from slidesparse_rt.ffi.cublaslt import CublasLt
 from slidesparse_rt.ffi.cusparselt import CuSparseLt
+from slidesparse_rt.ffi.objects import Gate, Resource
 
 # --- life and death -------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from tolerances import U, fused
 
 import slidesparse_rt as ss
 from slidesparse_rt import backends, plan
-from slidesparse_rt.backends import cusparselt, gpu_gemm
+from slidesparse_rt.backends import cusparselt, gpu_gemm, gpu_step
 from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.dtypes import array_type, operand
 from slidesparse_rt.ffi.checked import DataType
@@ -148,7 +148,7 @@ def test_the_second_pass_reads_half_the_bytes_and_leaves_the_scales_out(
     sizes, scales = [], []
     for options in (PLAIN, FUSED):
         made = make(options)
-        step = gpu_gemm.Step(made.prepared, M, kind, kind, False, 0)
+        step = gpu_step.Step(made.prepared, M, kind, kind, False, 0)
         layout = made.prepared.layout(made.prepared.product(M, None, 0), M)
         sizes.append(layout.scratch - layout.sums)
         step.launch(1 << 8, K, 2 << 8, N, workspace, 0)

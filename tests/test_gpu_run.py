@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import slidesparse_rt as ss
-from slidesparse_rt import device_arrays, gpu_run, workspace
+from slidesparse_rt import device_adapters, gpu_run, workspace
 from slidesparse_rt.arrays import Device
-from slidesparse_rt.backends import Problem, gpu_gemm
+from slidesparse_rt.backends import Problem, gpu_gemm, gpu_step
 from slidesparse_rt.backends.workspace import COUNTER_BYTES, Workspace
 from slidesparse_rt.device_arrays import refuse_per_thread_stream, stream_pointer
 from slidesparse_rt.dtypes import array_type, operand
@@ -67,7 +67,7 @@ class Kernels:
 def runner(monkeypatch: pytest.MonkeyPatch) -> gpu_run.GpuRunner:
     """A runner that takes torch's CPU tensors for tensors on cuda:0."""
     adapter = dataclasses.replace(
-        device_arrays._torch_adapter(),
+        device_adapters._torch_adapter(),
         maker=lambda shape, *rest: partial(torch.empty, shape, dtype=torch.float32),
         current_stream=lambda device: 0,
     )
@@ -267,7 +267,7 @@ def test_results_of_libraries_without_signatures(
 
 
 def test_torch_is_asked_for_what_the_result_is() -> None:
-    whole = device_arrays._torch_adapter()
+    whole = device_adapters._torch_adapter()
     for name in ("float32", "float16", "bfloat16"):
         made = whole.maker((5, 2, N), array_type(name), Device("cuda", 3), 0)
         given = made.keywords  # type: ignore[attr-defined]
@@ -370,7 +370,7 @@ def test_the_default_stream_is_not_asked_whether_it_is_captured(
 def test_a_product_of_a_library_is_repeated() -> None:
     calls: list[tuple[int, ...]] = []
 
-    class Product(gpu_gemm.Product):
+    class Product(gpu_step.Product):
         def launch(self, *arguments: int) -> None:
             calls.append(arguments)
 

@@ -15,7 +15,7 @@ from fake_tuning import PACKED, STREAM, K, Machine, N
 from plans import fitted
 
 import slidesparse_rt as ss
-from slidesparse_rt import gpu_run
+from slidesparse_rt import gpu_route, gpu_run
 from slidesparse_rt.backends import BACKENDS, GPU_BACKENDS, Problem, _order, able
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.tuning import BUCKETS, select
@@ -252,7 +252,7 @@ def test_what_is_remembered_for_a_kind_of_x_holds_its_form(gpu_machine: Machine)
             for tokens in (8, 2000):
                 made.run(x_of(tokens))
         assert asked == [8, 2000]
-        assert isinstance(next(iter(runner._routes.values())).form, gpu_run._Form)
+        assert isinstance(next(iter(runner._routes.values())).form, gpu_route.Form)
 
 
 def test_threads_run_both_forms_at_once(gpu_machine: Machine) -> None:

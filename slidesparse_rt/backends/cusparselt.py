@@ -45,7 +45,8 @@ from ..options import PlanOptions
 from .base import Problem, Support
 from .fp16_probe import fp16_problem
 from .gpu_device import Buffer, GpuDevice, working_on
-from .gpu_gemm import GpuBackend, GpuPrepared, Product, refused_format, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
+from .gpu_step import Product
 from .gpu_weight import GpuWeight
 
 __all__ = ["CusparseltBackend"]

@@ -44,7 +44,8 @@ from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
 from .gpu_device import Buffer, GpuDevice, working_on
-from .gpu_gemm import GpuBackend, GpuPrepared, Product, refused_format, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
+from .gpu_step import Product
 from .gpu_weight import GpuWeight
 from .timing import fastest
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Device, NDArray, device_of, refuse_shape, to_numpy
-from ..device_arrays import DeviceArray, adapter_of, order_streams
+from ..device_adapters import adapter_of
+from ..device_arrays import DeviceArray, order_streams
 from ..dtypes import ARRAY_TYPES, ArrayType, Operand
 from ..errors import ArrayError, CaptureError, NonFiniteError
 from ..kernels.weight_launch import Findings, WeightKernels, weight_kernels

@@ -24,7 +24,8 @@ from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
 from .gpu_device import Buffer, GpuDevice
-from .gpu_gemm import GpuBackend, GpuPrepared, Product, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_step import Product
 from .gpu_weight import GpuWeight
 from .timing import fastest
 

@@ -23,20 +23,9 @@ from enum import IntEnum
 from typing import Any, ClassVar, Generic, NamedTuple
 
 from ..errors import FormatError, LibraryError
-from .checked import (
-    Anchor,
-    Around,
-    Attribute,
-    AttributeT,
-    CLibrary,
-    DataType,
-    Gate,
-    Memory,
-    Resource,
-    declare,
-    functions,
-)
+from .checked import Attribute, AttributeT, CLibrary, DataType, declare, functions
 from .libraries import load
+from .objects import Anchor, Around, Gate, Memory, Resource
 
 __all__ = [
     "ALGORITHM_BYTES",

@@ -24,20 +24,9 @@ from enum import IntEnum
 from typing import Any, ClassVar, Generic
 
 from ..errors import OptionError
-from .checked import (
-    Anchor,
-    Around,
-    Attribute,
-    AttributeT,
-    CLibrary,
-    DataType,
-    Gate,
-    Memory,
-    Resource,
-    declare,
-    functions,
-)
+from .checked import Attribute, AttributeT, CLibrary, DataType, declare, functions
 from .libraries import load
+from .objects import Anchor, Around, Gate, Memory, Resource
 
 __all__ = [
     "AlgAttribute",

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from ..errors import OptionError, PlanClosed
 from . import cublaslt, cusparselt
-from .checked import Around, Resource
+from .objects import Around, Resource
 
 __all__ = ["SHARED", "HandlePool", "cublaslt_handle", "cusparselt_handle"]
 

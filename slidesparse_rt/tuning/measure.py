@@ -22,7 +22,8 @@ from typing import Any
 
 from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
-from ..backends.gpu_gemm import GpuPrepared, Step
+from ..backends.gpu_gemm import GpuPrepared
+from ..backends.gpu_step import Step
 from ..backends.timing import captured
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
