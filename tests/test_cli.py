@@ -251,12 +251,13 @@ def test_demo_options(run, fake_demo, tmp_path):
     arguments = ["--patterns", "6:8, 8:10", "--dtypes", "int8", "--threads", "2"]
     output = tmp_path / "report.json"
     output.write_text("an older one")
-    code, out, err = run("demo", *arguments, "--output", output, "--json")
+    code, out, err = run("demo", *arguments, "--output", output, "--commit", "abc", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == {"rows": [1, 2]}
     written = json.loads(output.read_text())
     assert written["rows"] == [1, 2]
-    assert {"package", "commit", "versions", "command"} <= set(written)
+    assert {"package", "versions", "command"} <= set(written)
+    assert written["commit"] == {"id": "abc", "dirty": None, "source": "command line"}
     (call,) = fake_demo
     assert call["patterns"] == ["6:8", "8:10"]
     assert call["dtypes"] == ["int8"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 import typer
 
 from .bench import bench
+from .bench_session import COMMIT
 from .convert import calibrate, convert
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def demo(
             "replaces it.",
         ),
     ] = None,
+    commit: COMMIT = None,
     as_json: _JSON = False,
 ) -> None:
     """Prune, pack and run a pretrained sentence encoder, and measure what each pattern costs."""
@@ -130,7 +132,7 @@ def demo(
 
         from ..bench.record import command_line, environment
 
-        surroundings = environment(None) | {"command": command_line(sys.argv)}
+        surroundings = environment(None, commit=commit) | {"command": command_line(sys.argv)}
         write_text(output, to_json_text(surroundings | report.to_json()))
     _show(report, as_json, markup=True)
 
