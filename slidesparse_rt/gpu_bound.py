@@ -13,7 +13,7 @@ from .backends.workspace import Block, Memory, Workspace
 from .bound import BoundRun
 from .device_adapters import Adapter
 from .device_arrays import PER_THREAD_STREAM, set_device
-from .errors import ArrayError, LibraryError
+from .errors import ArrayError, DeviceMemoryError, LibraryError
 from .kernels.loader import kernels_of, relaxed_capture
 from .kernels.recording import Recording
 
@@ -26,6 +26,9 @@ NO_CONTEXT = 201
 _CALLS_BEFORE = 3
 #: No stream.
 _NONE = -1
+#: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and ..._INVALIDATED: another thread waited for the device
+#: just then.
+_SPOILED = (900, 901)
 
 
 class Runner(Protocol):
@@ -66,7 +69,7 @@ class BoundArray:
 class BoundOnGpu(BoundRun):
     """A run on a GPU with fixed buffers; :meth:`~slidesparse_rt.gpu_run.GpuRunner.bind` makes it.
 
-    The first three calls launch each kernel.  The fourth records the launches, and calls on its
+    The first three calls launch each kernel.  The fourth may record the launches, and calls on its
     stream launch the recording from then on: :mod:`slidesparse_rt.kernels.recording`.
 
     Parameters
@@ -209,9 +212,13 @@ class BoundOnGpu(BoundRun):
             if self._calls_before:
                 self._calls_before -= 1
             elif self._replay_stream in (_NONE, stream) and self._record(stream):
-                with relaxed_capture():  # a first launch brings the graph to the GPU
-                    self._repeat()
-                return
+                try:
+                    with relaxed_capture():  # a first launch brings the graph to the GPU
+                        self._repeat()
+                except DeviceMemoryError:
+                    self._give_up()  # the kernels need no more memory
+                else:
+                    return
         self._launch_kernels(self._workspace, stream)
 
     def _launch_kernels(self, memory: Memory, stream: int) -> None:
@@ -236,5 +243,12 @@ class BoundOnGpu(BoundRun):
             if error.status == NO_CONTEXT:
                 raise
             # Launching each kernel may do, or tells what is wrong.
-        self._calls_before = _NONE
+            if error.status in _SPOILED:
+                return False  # the next call may record
+        self._give_up()
         return False
+
+    def _give_up(self) -> None:
+        """Launch each kernel from now on."""
+        self._calls_before = self._replay_stream = _NONE
+        self._recording, self._replay = None, int

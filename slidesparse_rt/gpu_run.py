@@ -167,7 +167,7 @@ class GpuRunner:
                 set_device(before)
 
     def bind(
-        self, x: Any, out_type: ArrayType | None, out: Any, stream: Any, *, graph: bool = True
+        self, x: Any, out_type: ArrayType | None, out: Any, stream: Any, *, graph: bool = False
     ) -> BoundRun:
         """See :meth:`slidesparse_rt.SparseGemmPlan.bind`."""
         if getattr(x, "requires_grad", False):

@@ -155,8 +155,8 @@ class HostPlan:
             y[0, 0] += 1
         return y
 
-    def bind(self, x, out):
-        return self.plan.bind(x, out)
+    def bind(self, x, out, *, graph=False):
+        return self.plan.bind(x, out, graph=graph)
 
     def backend_for(self, tokens):
         assert tokens == 32
@@ -190,14 +190,15 @@ def test_overhead_measures_plans_and_pytorch(gpu):
     )
     record.check_document(result.document)
     calls = [(row["backend"], row["dtype"], row["call"]) for row in result.rows]
-    assert len(calls) == (8 + 3) * 3 + 2
+    assert len(calls) == (8 + 3) * 4 + 2
     assert calls[0] == ("hopper", "int8", "SparseGemmPlan.run out=None")
     assert calls[1][2] == "SparseGemmPlan.run out=y"
     assert calls[2][2] == "SparseGemmPlan.bind, each call"
+    assert calls[3][2] == "SparseGemmPlan.bind graph=True, each call"
     assert calls[-2] == ("driver", "any", "cuLaunchKernelEx")
     assert calls[-1] == ("torch", "bf16", "torch.mm")
     chosen = [row["ran"] for row in result.rows if row["backend"] == "auto"]
-    assert chosen == ["dense"] * 9
+    assert chosen == ["dense"] * 12
     assert all("ran" not in row for row in result.rows if row["backend"] != "auto")
     assert [entry["case"] for entry in result.document["left_out"]] == [
         "dense fp8_e4m3",
@@ -219,7 +220,7 @@ def test_overhead_refuses_wrong_outputs_and_keeps_to_its_budget(gpu, monkeypatch
     assert [row["backend"] for row in result.rows] == ["driver"]
     assert result.failed
     monkeypatch.setattr(HostPlan, "wrong", False)
-    monkeypatch.setattr(HostPlan, "bind", lambda plan, x, out: lambda: out)  # writes nothing
+    monkeypatch.setattr(HostPlan, "bind", lambda plan, x, out, **_: lambda: out)  # writes nothing
     result, _ = measure_overhead(gpu)
     assert [row["backend"] for row in result.rows] == ["driver"]
     result, _ = measure_overhead(gpu, budget=Budget(0.0))

@@ -64,6 +64,28 @@ def test_an_aimed_launch_can_be_repeated(kernels: Kernels) -> None:
     assert isinstance(fixed.error(2), ss.DeviceMemoryError)
 
 
+def test_a_stride_that_was_set_in_part_is_set_again(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control-C between the two launches of a quantization."""
+    any_kernels: Any = kernels
+    made = launch.Quantizer(any_kernels, 64, "bfloat16", "int8", SIX_OF_EIGHT, 96)
+    fixed = made.fixed(8192, 12288, 3, 3, 0)
+    fixed.launch(4096, 64, 5)
+
+    def interrupted(self: FixedLaunch, argument: int, value: int) -> None:
+        set_argument(self, argument, value)
+        raise KeyboardInterrupt
+
+    set_argument = FixedLaunch.set_argument
+    with monkeypatch.context() as patch:
+        patch.setattr(FixedLaunch, "set_argument", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fixed.launch(4096, 128, 5)
+    fixed.launch(4096, 64, 5)
+    assert last(kernels)["values"][:2] == [4096, 128]  # bytes
+
+
 @pytest.mark.parametrize("acc", [8192, 8196])
 def test_dequantize(kernels: Kernels, acc: int) -> None:
     any_kernels: Any = kernels

@@ -27,13 +27,13 @@ def arrays(m: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(m, K, dtype=torch.bfloat16), torch.zeros(m, N, dtype=torch.bfloat16)
 
 
-def recorded(machine: Machine, m: int = 5, **options: Any) -> tuple[Any, BoundRun, list[Any]]:
+def recorded(machine: Machine, m: int = 5) -> tuple[Any, BoundRun, list[Any]]:
     """A runner, a bound run that was recorded, and what each of its calls launches."""
     runner = machine.runner()
     x, y = arrays(m)
     runner.run(x, None, y, None)
     ran = machine.taken()
-    bound = runner.bind(x, None, y, None, **options)
+    bound = runner.bind(x, None, y, None, graph=True)
     for _ in range(RECORDED):
         bound()
         assert machine.taken() == ran
@@ -58,7 +58,7 @@ def test_calls_launch_the_same_before_and_after(machine: Machine) -> None:
     x, y = arrays()
     runner.run(x, None, y, None)
     ran = machine.taken()
-    bound = runner.bind(x, None, y, None)
+    bound = runner.bind(x, None, y, None, graph=True)
     for call in range(8):
         assert bound() is y
         assert machine.taken() == ran
@@ -81,11 +81,11 @@ def test_a_call_is_one_call_of_the_driver(machine: Machine) -> None:
 
 
 def test_who_wants_no_graph_gets_none(machine: Machine) -> None:
-    bound = machine.runner().bind(arrays()[0], None, None, None, graph=False)
+    bound = machine.runner().bind(arrays()[0], None, None, None)
     for _ in range(6):
         bound()
     assert machine.driver.graphs == {}
-    empty = machine.runner().bind(arrays(0)[0], None, None, None)
+    empty = machine.runner().bind(arrays(0)[0], None, None, None, graph=True)
     for _ in range(6):
         empty()
     assert machine.driver.graphs == {}
@@ -114,7 +114,7 @@ def test_a_capture_gets_the_kernels(machine: Machine) -> None:
 
 
 def test_calls_that_are_captured_do_not_count(machine: Machine) -> None:
-    bound = machine.runner().bind(arrays()[0], None, None, None)
+    bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     machine.capturing = {STREAM}
     for _ in range(6):
         bound()
@@ -162,7 +162,7 @@ def test_a_workspace_that_moved_is_recorded_again(machine: Machine) -> None:
 def test_a_part_of_the_multiprocessors(machine: Machine) -> None:
     """A graph's kernels would run on all of them."""
     machine.kernels.green = {STREAM}
-    bound = machine.runner().bind(arrays()[0], None, None, None)
+    bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     for _ in range(6):
         bound()
     assert machine.driver.graphs == {}
@@ -184,7 +184,7 @@ def test_a_driver_that_makes_no_graph(machine: Machine, function: str) -> None:
     runner.run(x, None, y, None)
     ran = machine.taken()
     machine.driver.refuse[function] = 2
-    bound = runner.bind(x, None, y, None)
+    bound = runner.bind(x, None, y, None, graph=True)
     for _ in range(6):
         bound()
         assert machine.taken() == ran
@@ -197,8 +197,46 @@ def test_a_driver_that_makes_no_graph(machine: Machine, function: str) -> None:
         assert machine.driver.alive == set()
 
 
+@pytest.mark.parametrize("status", [900, 901])
+def test_a_recording_that_another_thread_spoils_is_tried_again(
+    machine: Machine, status: int
+) -> None:
+    """By waiting for the device, which CUDA refuses to both."""
+    bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
+    machine.driver.refuse["cuStreamEndCapture"] = status
+    for _ in range(RECORDED + 1):
+        bound()
+    launched = machine.taken()
+    assert len(launched) == 2 * (RECORDED + 1)
+    machine.driver.refuse.clear()
+    bound()
+    assert machine.taken() == launched[:2]
+    assert bound._replay_stream == STREAM  # type: ignore[attr-defined]
+
+
+def test_no_memory_to_bring_a_graph_to_the_gpu(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
+    monkeypatch.setattr(Recording, "on", lambda self, stream: lambda: 2)
+    for _ in range(RECORDED + 2):
+        bound()
+    assert len(machine.taken()) == 2 * (RECORDED + 2)
+    assert machine.driver.graphs == {}
+
+
+def test_a_forked_child_leaves_the_graph_alone(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bound, _ = recorded(machine)
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    del bound
+    gc.collect()
+    assert len(machine.driver.graphs) == 1
+
+
 def test_launches_that_fail_while_they_are_recorded(machine: Machine) -> None:
-    bound = machine.runner().bind(arrays()[0], None, None, None)
+    bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     for _ in range(RECORDED - 1):
         bound()
     machine.taken()
@@ -222,7 +260,7 @@ def test_errors_of_a_launch(machine: Machine) -> None:
     assert machine.taken() == ran
     # A thread without a context gets one, for a launch and for a recording.
     for before in (RECORDED, RECORDED - 1):
-        bound = machine.runner().bind(*arrays()[:1], None, None, None)
+        bound = machine.runner().bind(*arrays()[:1], None, None, None, graph=True)
         for _ in range(before):
             bound()
         machine.taken()
@@ -264,7 +302,7 @@ def test_what_protects_users_still_does(machine: Machine) -> None:
 
 def test_a_stream_that_is_given(machine: Machine) -> None:
     x, y = arrays()
-    bound = machine.runner().bind(x, None, y, 50)
+    bound = machine.runner().bind(x, None, y, 50, graph=True)
     machine.ordered.clear()
     for _ in range(6):
         bound()
@@ -281,7 +319,7 @@ def test_long_runs_are_one_graph(machine: Machine) -> None:
     x, y = arrays(600)
     runner.run(x, None, y, None)
     ran = machine.taken()
-    bound = runner.bind(x, None, y, None)
+    bound = runner.bind(x, None, y, None, graph=True)
     for _ in range(6):
         bound()
         assert machine.taken() == ran
@@ -297,7 +335,7 @@ def test_a_graph_goes_with_its_run(machine: Machine) -> None:
 
 def test_the_first_launch_of_a_graph_is_exempt_from_captures(machine: Machine) -> None:
     """It brings the graph to the GPU, which a capture of another thread might not stand."""
-    bound = machine.runner().bind(arrays()[0], None, None, None)
+    bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     relaxed: list[int] = []
     machine.driver.before = lambda entry: relaxed.append(machine.relaxed)
     for _ in range(RECORDED - 1):

@@ -49,6 +49,8 @@ __all__ = [
 #: Libraries without which nothing can be measured.
 LIBRARIES = ("nvrtc",)
 _BF16 = "bfloat16"
+#: Calls of a bound run after which its launches are recorded.
+_RECORDED = 4
 #: Rows of a profile that are kept.
 _TOP = 15
 _AUTO = "auto"
@@ -329,17 +331,27 @@ def _measure_plan(
         w_host, settings.pattern, dtype=dtype, backend=backend, device=f"cuda:{gpu.index}"
     ) as plan:
         y = plan.run(x)
-        bound = plan.bind(x, arrays.array(np.zeros((settings.m, settings.n), x_host.dtype)))
+        bound, recorded = (
+            plan.bind(x, arrays.array(np.zeros((settings.m, settings.n), x_host.dtype)), **options)
+            for options in ({}, {"graph": True})
+        )
         rows, channels = sample(settings.m, 8), sample(settings.n, 64)
         row = operand(dtype)
         sums = _BF16 if (backend, dtype) == ("cusparselt", "bf16") else "float32"
         wanted = exact(x_host[rows], w_host[channels], row)
-        for case, found in ((f"{backend} {dtype}", y), (f"{backend} {dtype} bound", bound())):
+        for _ in range(_RECORDED):
+            recorded()
+        for case, found in (
+            (f"{backend} {dtype}", y),
+            (f"{backend} {dtype} bound", bound()),
+            (f"{backend} {dtype} recorded", recorded()),
+        ):
             check_result(arrays.host(found)[np.ix_(rows, channels)], wanted, case, sums_type=sums)
         calls: tuple[tuple[str, Callable[[], object]], ...] = (
             ("SparseGemmPlan.run out=None", lambda: plan.run(x)),
             ("SparseGemmPlan.run out=y", lambda: plan.run(x, out=y)),
             ("SparseGemmPlan.bind, each call", bound),
+            ("SparseGemmPlan.bind graph=True, each call", recorded),
         )
         ran = {"ran": plan.backend_for(settings.m)} if backend == _AUTO else {}
         for call, run in calls:

@@ -236,6 +236,7 @@ class FixedQuantize(AimedLaunch):
     def _aimed(self, address: int, stride: int) -> FixedLaunch:
         pitch = stride * self._size
         if stride != self._stride:
+            self._stride = -1  # until both have it
             for launch in (self._fast, self._any):
                 launch.set_argument(1, pitch)
         launch = self._any if (address | pitch) % self._access else self._fast

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import weakref
 from collections.abc import Callable
 
@@ -51,7 +52,7 @@ class Recording:
         with relaxed_capture(cuda):
             self._graph = _instantiated(cuda, launches)
         # At the end of the process the driver frees everything.
-        weakref.finalize(self, _destroy, cuda, self._graph).atexit = False
+        weakref.finalize(self, _destroy, cuda, self._graph, os.getpid()).atexit = False
 
     def on(self, stream: int) -> Callable[[], int]:
         """Return what launches all of it on ``stream``, and returns the driver's status.
@@ -97,7 +98,9 @@ def _captured(cuda: Cuda, stream: int, launches: Callable[[int], None]) -> int:
     return graph.value or 0
 
 
-def _destroy(cuda: Cuda, graph: int) -> None:
-    """Give the graph back; errors at this point help no one."""
+def _destroy(cuda: Cuda, graph: int, process: int) -> None:
+    """Give the graph back; errors at this point help no one.  A forked child has no part in it."""
+    if os.getpid() != process:
+        return
     with contextlib.suppress(LibraryError), relaxed_capture(cuda):
         cuda.cuGraphExecDestroy(graph)

@@ -42,8 +42,8 @@ def buffers(tokens=M):
 @pytest.mark.parametrize("tokens", [1, 7, 48, 300])
 def test_int8_to_the_bit_with_the_data_of_now(plan, tokens):
     x, out = buffers(tokens)
-    bound = plan.bind(x, out)
-    made = plan.bind(x)
+    bound = plan.bind(x, out, graph=True)
+    made = plan.bind(x, graph=True)
     for seed in range(CALLS):
         values = data(seed, (tokens, K), "bfloat16")
         x.copy_(to_torch(values))
@@ -76,7 +76,7 @@ def test_it_computes_what_a_run_computes(backend, dtype):
                 [whole[:, 1 : N + 1] for whole in (wide, wide.clone())],
             )
             for out, other in pairs:
-                bound = plan.bind(x, out)
+                bound = plan.bind(x, out, graph=True)
                 plan.run(x, out=other)
                 for _ in range(CALLS):
                     assert torch.equal(bound(), other)
@@ -96,7 +96,7 @@ def test_a_run_in_parts():
             backend=backend,
             options=ss.PlanOptions(workspace_limit=1 << 20),
         ) as plan:
-            bound = plan.bind(to_torch(values))
+            bound = plan.bind(to_torch(values), graph=True)
             assert len(bound._parts) > 1
             for _ in range(CALLS):
                 bound.out.fill_(7)
@@ -109,7 +109,7 @@ def test_a_graph_of_a_bound_run(plan):
 
     x, out = buffers()
     stream = torch.cuda.Stream()
-    bound = plan.bind(x, out, stream=stream)
+    bound = plan.bind(x, out, stream=stream, graph=True)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     # Its very first launch is captured.
@@ -176,7 +176,7 @@ def test_two_streams_at_once(plan):
     values = [data(seed, (M, K), "bfloat16") for seed in range(2)]
     inputs = [to_torch(array) for array in values]
     torch.cuda.synchronize()
-    bound = [plan.bind(x) for x in inputs]
+    bound = [plan.bind(x, graph=True) for x in inputs]
     for _ in range(50):
         for stream, call in zip(streams, bound, strict=True):
             with torch.cuda.stream(stream):
@@ -186,7 +186,7 @@ def test_two_streams_at_once(plan):
         assert_same(to_host(call.out), expected_for(array))
     # A stream that is given waits for the current one at each call.
     x, out = buffers()
-    given = plan.bind(x, out, stream=streams[0])
+    given = plan.bind(x, out, stream=streams[0], graph=True)
     for seed in range(CALLS):
         fresh = data(seed, (M, K), "bfloat16")
         x.copy_(to_torch(fresh))
@@ -201,7 +201,7 @@ def test_threads(plan):
 
     inputs = [data(seed, (8 + seed % 3, K), "bfloat16") for seed in range(12)]
     wanted = [expected_for(x) for x in inputs]
-    bound = [plan.bind(to_torch(x)) for x in inputs]
+    bound = [plan.bind(to_torch(x), graph=True) for x in inputs]
     torch.cuda.synchronize()
     problems: list[str] = []
 
@@ -247,7 +247,7 @@ def test_after_close():
     x, out = buffers()
     for backend in ("dense", "cusparselt"):
         with ss.SparseGemmPlan(weight(0, N, K, "6:8"), "6:8", backend=backend) as plan:
-            bound = plan.bind(x, out)
+            bound = plan.bind(x, out, graph=True)
             for _ in range(CALLS):
                 bound()
         out.fill_(7)
@@ -261,7 +261,7 @@ def test_recordings_follow_the_workspace(plan):
     import torch
 
     x, out = buffers()
-    bound = plan.bind(x, out)
+    bound = plan.bind(x, out, graph=True)
     for seed in range(3):
         for _ in range(CALLS):
             values = data(seed, (M, K), "bfloat16")
@@ -291,7 +291,7 @@ def test_recordings_beside_a_capture_of_another_thread(plan):
     bounds = []
     with torch.cuda.stream(theirs):
         for calls in (0, 3, CALLS):  # records, launches for the first time, or only launches
-            bound = plan.bind(x, torch.full_like(out, 7), stream=theirs)
+            bound = plan.bind(x, torch.full_like(out, 7), stream=theirs, graph=True)
             for _ in range(calls):
                 bound()
             bounds.append(bound)
@@ -339,7 +339,7 @@ def test_recordings_give_their_memory_back(plan):
 
     def use(times):
         for _ in range(times):
-            bound = plan.bind(x, out)
+            bound = plan.bind(x, out, graph=True)
             for _ in range(CALLS):
                 bound()
             assert is_recorded(bound)

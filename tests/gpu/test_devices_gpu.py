@@ -68,7 +68,7 @@ def test_bound_runs_are_recorded_on_a_gpu_that_is_not_current(plan):
     for stream in (None, torch.cuda.Stream(device=SECOND)):
         with torch.cuda.stream(stream):
             torch.cuda.set_device(0)
-            bound = plan.bind(held, stream=stream)
+            bound = plan.bind(held, stream=stream, graph=True)
             for _ in range(6):
                 bound.out.fill_(7)
                 torch.cuda.synchronize(SECOND)
