@@ -76,6 +76,10 @@ def embeddings(k: int = 32) -> dict[str, Array]:
     }
 
 
+#: The files that :func:`llama` writes its weights to.
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
 def llama(folder: Path, blocks: int = 3) -> Path:
     """Three shards, a tokenizer and further forms of the weights."""
     shards = [{**block(number)} for number in range(blocks)]

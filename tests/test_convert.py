@@ -12,6 +12,7 @@ import safetensors.numpy
 from checkpoints import (
     BF16,
     E4M3,
+    SHARDS,
     W8A8,
     block,
     content,
@@ -62,7 +63,7 @@ def test_every_file_is_there_and_the_config_says_how_to_load(model: Path, tmp_pa
     names = set(content(out))
     assert names == {
         "config.json",
-        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        *SHARDS,
         "model.safetensors.index.json",
         "tokenizer.json",
         "README.md",

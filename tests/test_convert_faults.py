@@ -10,15 +10,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import W8A8, block, content, llama, load_all, quantized, random, write_model
+from checkpoints import (
+    SHARDS,
+    W8A8,
+    block,
+    content,
+    llama,
+    load_all,
+    quantized,
+    random,
+    write_model,
+)
 from test_tensorfile import entry, raw_file
 
 import slidesparse_rt as ss
 from slidesparse_rt.convert import convert_checkpoint, files
 from slidesparse_rt.convert.manifest import MANIFEST
 from slidesparse_rt.packing import write_file
-
-SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
 @pytest.fixture

@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import content, llama, random, write_model
+from checkpoints import SHARDS, content, llama, random, write_model
 
 import slidesparse_rt as ss
 from slidesparse_rt.convert import convert_checkpoint, files, run
 from slidesparse_rt.convert.manifest import MANIFEST
-
-SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
 @pytest.fixture
