@@ -33,11 +33,11 @@ from decoder import LAYERS, Decoder, Linear, Sizes
 
 import slidesparse_rt as ss
 from slidesparse_rt.bench.record import command_line, environment, write_json
+from slidesparse_rt.packing.prune import METHODS
 
 #: 75 million weights in linear layers; the vocabulary is the bytes.
 SIZES = Sizes(768, 12, 4, 64, 2048, 12, 256, rope_theta=1e4)
 SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
-METHODS = ("magnitude", "wanda")
 #: Of how many files one is kept for measuring.
 _HELD_OUT = 40
 

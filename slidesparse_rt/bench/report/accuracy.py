@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...packing.prune import METHODS
 from ...pattern import PATTERNS, Pattern
 from .markdown import DTYPES, short, table
 from .results import Result, asked
 
 __all__ = ["METHODS", "PLAIN", "UNPRUNED", "Costs", "accuracy", "costs", "facts"]
 
-METHODS = ("magnitude", "wanda")
 #: The pattern and the method of rows with nothing pruned.
 UNPRUNED, _NONE = "dense", "none"
 #: The format that others are compared with.
