@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -85,7 +84,7 @@ def driver_calls(index: int) -> Calls:
             raise recording.error(status)
 
     version = ctypes.c_int(0)
-    ask = partial(cuda.raw("cuDriverGetVersion"), ctypes.byref(version))
+    ask = cuda.repeated("cuDriverGetVersion", ctypes.byref(version))
     return [
         ("cuDriverGetVersion", _ANY, ask),
         (
