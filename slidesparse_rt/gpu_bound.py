@@ -21,9 +21,6 @@ __all__ = ["NO_CONTEXT", "BoundArray", "BoundOnGpu", "Runner"]
 
 #: CUDA_ERROR_INVALID_CONTEXT: a launch by a thread that made no call of the CUDA runtime yet.
 NO_CONTEXT = 201
-#: Calls before the launches are recorded.  A recording takes memory, and calls that are captured in
-#: the caller's own graph need none: as many as these warm up for that, by PyTorch's guide.
-_CALLS_BEFORE = 3
 #: No stream.
 _NONE = -1
 #: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and ..._INVALIDATED: another thread waited for the device
@@ -69,8 +66,8 @@ class BoundArray:
 class BoundOnGpu(BoundRun):
     """A run on a GPU with fixed buffers; :meth:`~slidesparse_rt.gpu_run.GpuRunner.bind` makes it.
 
-    The first three calls launch each kernel.  The fourth may record the launches, and calls on its
-    stream launch the recording from then on: :mod:`slidesparse_rt.kernels.recording`.
+    With ``graph`` the first call that is not captured records the launches, and calls on its stream
+    launch the recording: :mod:`slidesparse_rt.kernels.recording`.
 
     Parameters
     ----------
@@ -90,11 +87,11 @@ class BoundOnGpu(BoundRun):
     """
 
     __slots__ = (
-        "_calls_before",
         "_current_device",
         "_current_stream",
         "_device",
         "_fresh",
+        "_graph",
         "_index",
         "_kept",
         "_moves",
@@ -138,8 +135,8 @@ class BoundOnGpu(BoundRun):
         self._kept = (stream, owner)
         #: Whether nothing was launched yet.
         self._fresh = True
-        #: Calls that launch each kernel before the next one records; negative: none does.
-        self._calls_before = _CALLS_BEFORE if graph and parts else _NONE
+        #: Whether launches may be recorded.
+        self._graph = graph and bool(parts)
         self._recording: Recording | None = None
         #: Launches the recording on this stream, while the workspace has moved so often.
         self._replay: Callable[[], int] = int
@@ -208,17 +205,15 @@ class BoundOnGpu(BoundRun):
 
     def _launch_unrecorded(self, stream: int) -> None:
         """Launch what is not recorded for ``stream``, or record it now and launch that."""
-        if self._calls_before != _NONE and not is_capturing(stream):
-            if self._calls_before:
-                self._calls_before -= 1
-            elif self._replay_stream in (_NONE, stream) and self._record(stream):
-                try:
-                    with relaxed_capture():  # a first launch brings the graph to the GPU
-                        self._repeat()
-                except DeviceMemoryError:
-                    self._give_up()  # the kernels need no more memory
-                else:
-                    return
+        wanted = self._graph and self._replay_stream in (_NONE, stream)
+        if wanted and not is_capturing(stream) and self._record(stream):
+            try:
+                with relaxed_capture():  # a first launch brings the graph to the GPU
+                    self._repeat()
+            except DeviceMemoryError:
+                self._give_up()  # the kernels need no more memory
+            else:
+                return
         self._launch_kernels(self._workspace, stream)
 
     def _launch_kernels(self, memory: Memory, stream: int) -> None:
@@ -250,5 +245,5 @@ class BoundOnGpu(BoundRun):
 
     def _give_up(self) -> None:
         """Launch each kernel from now on."""
-        self._calls_before = self._replay_stream = _NONE
+        self._graph, self._replay_stream = False, _NONE
         self._recording, self._replay = None, int

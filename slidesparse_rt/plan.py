@@ -278,7 +278,7 @@ class SparseGemmPlan:
             step()    # as plan.run(x, out=y), with what is in x by then; returns y
 
         For decoding loops and captured graphs, where the same buffers come again and again: on a
-        GPU a call is a lock and the launches; with ``graph=True`` from the fourth on one launch.
+        GPU a call is a lock and the launches; with ``graph=True`` one launch of all kernels.
 
         Parameters
         ----------
@@ -288,12 +288,13 @@ class SparseGemmPlan:
         out:
             As in :meth:`run`; ``None`` makes one of x's kind, uninitialized until the first call.
         graph:
-            Whether the fourth call records the launches as a CUDA graph, which calls on its stream
-            launch from then on: less than half of the host's time, the same work on the GPU.  It
-            takes about 120 KB of device memory, and a profiler may show the graph instead of its
-            kernels.  While it records, and again when a larger run has moved the workspace, no
-            other thread may wait for the whole device (``torch.cuda.synchronize()``): CUDA refuses
-            that during any capture.  On the CPU it changes nothing.
+            Whether the first call that is not captured records the launches as a CUDA graph, which
+            calls on its stream launch from then on: less than half of the host's time, the same
+            work on the GPU.  It takes about 120 KB of device memory, and a profiler may show the
+            graph instead of its kernels.  While it records, and again when a larger run has moved
+            the workspace, no other thread may wait for the whole device
+            (``torch.cuda.synchronize()``): CUDA refuses that during any capture.  On the CPU it
+            changes nothing.
 
         Returns
         -------

@@ -122,6 +122,21 @@ class Machine:
         finally:
             self.relaxed -= 1
 
+    @contextlib.contextmanager
+    def without_context(self) -> Iterator[list[int]]:
+        """The driver refuses launches until the runtime is asked for a device; which ones were."""
+        asked: list[int] = []
+        self.driver.status = 201
+
+        def runtime(index: int) -> None:
+            asked.append(index)
+            self.driver.status = 0
+
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (gpu_run, gpu_bound):
+                patch.setattr(module, "set_device", runtime)
+            yield asked
+
     def prepared(self, dtype: str = "int8", x_scale: int = 0) -> hopper.HopperPrepared:
         """A weight of this machine, packed."""
         device: Any = self.gpu

@@ -14,9 +14,6 @@ import slidesparse_rt as ss
 from slidesparse_rt.bound import BoundRun
 from slidesparse_rt.kernels.recording import Recording
 
-#: Calls until the launches are recorded, that one included.
-RECORDED = 4
-
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
@@ -34,9 +31,8 @@ def recorded(machine: Machine, m: int = 5) -> tuple[Any, BoundRun, list[Any]]:
     runner.run(x, None, y, None)
     ran = machine.taken()
     bound = runner.bind(x, None, y, None, graph=True)
-    for _ in range(RECORDED):
-        bound()
-        assert machine.taken() == ran
+    bound()
+    assert machine.taken() == ran
     assert len(machine.driver.graphs) == 1
     return runner, bound, ran
 
@@ -53,17 +49,16 @@ def one_by_one(machine: Machine, bound: BoundRun) -> list[Any]:
     return machine.taken()
 
 
-def test_calls_launch_the_same_before_and_after(machine: Machine) -> None:
+def test_calls_launch_the_same_as_a_run(machine: Machine) -> None:
     runner = machine.runner()
     x, y = arrays()
     runner.run(x, None, y, None)
     ran = machine.taken()
     bound = runner.bind(x, None, y, None, graph=True)
-    for call in range(8):
+    for _ in range(4):
         assert bound() is y
         assert machine.taken() == ran
-        # A graph is of no use to who warms up with three calls and captures then.
-        assert len(machine.driver.graphs) == (call + 1 >= RECORDED)
+        assert len(machine.driver.graphs) == 1
     assert machine.driver.alive == set()
     assert machine.driver.mode == 0
 
@@ -113,16 +108,11 @@ def test_a_capture_gets_the_kernels(machine: Machine) -> None:
     assert machine.taken() == ran
 
 
-def test_calls_that_are_captured_do_not_count(machine: Machine) -> None:
+def test_calls_that_are_captured_record_nothing(machine: Machine) -> None:
     bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     machine.capturing = {STREAM}
-    for _ in range(6):
+    for _ in range(3):
         bound()
-    machine.capturing = set()
-    for _ in range(RECORDED - 1):
-        bound()
-    machine.capturing = {STREAM}
-    bound()
     assert machine.driver.graphs == {}
     machine.capturing = set()
     bound()
@@ -191,7 +181,7 @@ def test_a_driver_that_makes_no_graph(machine: Machine, function: str) -> None:
     machine.driver.refuse.clear()
     bound()
     assert machine.taken() == ran
-    assert bound._calls_before < 0  # type: ignore[attr-defined]
+    assert bound._recording is None  # type: ignore[attr-defined]
     if function != "cuStreamEndCapture":  # which leaves the stand-in's own book open
         assert machine.driver.graphs == {}
         assert machine.driver.alive == set()
@@ -204,10 +194,10 @@ def test_a_recording_that_another_thread_spoils_is_tried_again(
     """By waiting for the device, which CUDA refuses to both."""
     bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     machine.driver.refuse["cuStreamEndCapture"] = status
-    for _ in range(RECORDED + 1):
+    for _ in range(3):
         bound()
     launched = machine.taken()
-    assert len(launched) == 2 * (RECORDED + 1)
+    assert len(launched) == 2 * 3
     machine.driver.refuse.clear()
     bound()
     assert machine.taken() == launched[:2]
@@ -219,9 +209,9 @@ def test_no_memory_to_bring_a_graph_to_the_gpu(
 ) -> None:
     bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     monkeypatch.setattr(Recording, "on", lambda self, stream: lambda: 2)
-    for _ in range(RECORDED + 2):
+    for _ in range(3):
         bound()
-    assert len(machine.taken()) == 2 * (RECORDED + 2)
+    assert len(machine.taken()) == 2 * 3
     assert machine.driver.graphs == {}
 
 
@@ -237,9 +227,6 @@ def test_a_forked_child_leaves_the_graph_alone(
 
 def test_launches_that_fail_while_they_are_recorded(machine: Machine) -> None:
     bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
-    for _ in range(RECORDED - 1):
-        bound()
-    machine.taken()
     machine.driver.status = 700
     with pytest.raises(ss.LibraryError, match="cuLaunchKernelEx returned 700"):
         bound()
@@ -259,22 +246,14 @@ def test_errors_of_a_launch(machine: Machine) -> None:
     bound()
     assert machine.taken() == ran
     # A thread without a context gets one, for a launch and for a recording.
-    for before in (RECORDED, RECORDED - 1):
+    for before in (1, 0):
         bound = machine.runner().bind(*arrays()[:1], None, None, None, graph=True)
         for _ in range(before):
             bound()
         machine.taken()
-        machine.devices.clear()
-        machine.driver.status = 201
-
-        def runtime(index: int) -> None:
-            machine.devices.append(index)
-            machine.driver.status = 0
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("slidesparse_rt.gpu_bound.set_device", runtime)
+        with machine.without_context() as asked:
             bound()
-        assert machine.devices == [0]
+        assert asked == [0]
         assert len(machine.taken()) == 2
         assert bound._replay_stream == STREAM  # type: ignore[attr-defined]
 
@@ -338,12 +317,10 @@ def test_the_first_launch_of_a_graph_is_exempt_from_captures(machine: Machine) -
     bound = machine.runner().bind(arrays()[0], None, None, None, graph=True)
     relaxed: list[int] = []
     machine.driver.before = lambda entry: relaxed.append(machine.relaxed)
-    for _ in range(RECORDED - 1):
-        bound()
-    relaxed.clear()
     bound()
-    # Recorded and launched, then only launched.
-    assert relaxed == [1, 1, 1, 1]
+    # Recorded, then launched.
+    assert len(relaxed) == 4
+    assert all(relaxed)
     relaxed.clear()
     bound()
     assert relaxed == [0, 0]

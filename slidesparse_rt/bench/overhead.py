@@ -49,8 +49,6 @@ __all__ = [
 #: Libraries without which nothing can be measured.
 LIBRARIES = ("nvrtc",)
 _BF16 = "bfloat16"
-#: Calls of a bound run after which its launches are recorded.
-_RECORDED = 4
 #: Rows of a profile that are kept.
 _TOP = 15
 _AUTO = "auto"
@@ -339,8 +337,6 @@ def _measure_plan(
         row = operand(dtype)
         sums = _BF16 if (backend, dtype) == ("cusparselt", "bf16") else "float32"
         wanted = exact(x_host[rows], w_host[channels], row)
-        for _ in range(_RECORDED):
-            recorded()
         for case, found in (
             (f"{backend} {dtype}", y),
             (f"{backend} {dtype} bound", bound()),
