@@ -31,7 +31,7 @@ def packed(made: Machine, **options: Any) -> GpuForms:
 @pytest.fixture
 def forms(gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuForms]:
     # As if the weight were a large one.
-    monkeypatch.setattr(measure, "_COLD_BYTES", 0)
+    monkeypatch.setattr(measure, "COLD_BYTES", 0)
     made = packed(gpu_machine)
     yield made
     made.close()
@@ -79,10 +79,10 @@ def test_the_cache_is_emptied_before_each_run_where_tokens_are_few(
 def test_weights_of_models_that_stay_in_the_cache_are_timed_there(
     gpu_machine: Machine, forms: GpuForms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "_COLD_BYTES", N * K + 1)  # int8
+    monkeypatch.setattr(measure, "COLD_BYTES", N * K + 1)  # int8
     assert times(forms, most_tokens=16).cold_tokens == 512
     assert gpu_machine.gpu.flushed == []
-    monkeypatch.setattr(measure, "_COLD_BYTES", N * K)
+    monkeypatch.setattr(measure, "COLD_BYTES", N * K)
     times(forms, most_tokens=16)
     assert gpu_machine.gpu.flushed != []
 

@@ -28,7 +28,7 @@ from ..backends.timing import captured
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
 from ..errors import DeviceMemoryError, OptionError
-from .table import BUCKETS, Table, buckets_up_to, coarse_first
+from .table import BUCKETS, COLD_BYTES, Table, buckets_up_to, coarse_first
 
 __all__ = ["MeasureOptions", "Progress", "measure"]
 
@@ -49,9 +49,6 @@ _UNIT_US, _MOST_REPLAYS = 100.0, 16
 #: idle; and most replays.
 _WARM_US, _START_US, _MOST_WARM = 3_000.0, 50_000.0, 5_000
 _FIRST = 3
-#: Bytes of a dense weight from which on its model is too large for the level-2 cache: a few dozen
-#: layers of such a size are.
-_COLD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,8 +60,8 @@ class MeasureOptions:
     most_tokens:
         The largest number of tokens, one of 1, 16, 32, 64, ... 16384.
     cold_tokens:
-        Up to so many tokens the level-2 cache is emptied before each replay, for weights of 1 MiB
-        and more; 0: never.
+        Up to so many tokens the level-2 cache is emptied before each replay, for weights of
+        :data:`~slidesparse_rt.tuning.table.COLD_BYTES` and more; 0: never.
     rounds:
         Replays of each backend that are timed; ``None``: 7 to 41, as many as take 40 ms.
     seconds:
@@ -163,7 +160,7 @@ class _Bench:
         self._able = list(forms)
         self._refused = {name: _words(error) for name, error in forms.failed.items()}
         self._n, self._k = forms.weight.n, forms.weight.k
-        large = self._n * self._k * forms.weight.operand.bits // 8 >= _COLD_BYTES
+        large = self._n * self._k * forms.weight.operand.bits // 8 >= COLD_BYTES
         self._cold_tokens = settings.cold_tokens if large else 0
         # Whatever goes wrong, nothing is given back that is in use.
         flushed = 2 * forms.device.l2_bytes if min(buckets) <= self._cold_tokens else 0

@@ -17,7 +17,7 @@ from ..errors import DeviceMemoryError, OptionError
 from ..options import PlanOptions
 from ..packing.weight import SparseWeight
 from .cache import TableCache, bias_kind, default_cache, tuning_key
-from .table import DENSE, Dispatch, Table
+from .table import COLD_BYTES, DENSE, Dispatch, Table
 
 if TYPE_CHECKING:
     from ..backends.gpu_forms import GpuForms
@@ -400,7 +400,10 @@ def _choices(dispatch: Dispatch, table: Table) -> list[str]:
     """A row for each number of tokens that was measured, and where the choice changes."""
     names = table.backends
     width = max(10, *(len(name) + 2 for name in names))
-    cache = f"level-2 cache emptied up to {table.cold_tokens} tokens from 1 MiB of weight on"
+    cache = (
+        f"level-2 cache emptied up to {table.cold_tokens} tokens from {COLD_BYTES >> 20} MiB of "
+        "weight on"
+    )
     rows = [f"  measured microseconds of a run, bfloat16 in and out, {cache}:"]
     rows.append(
         f"    {'tokens':>8}  {'runs':<{width}}" + "".join(f"{name:>{width}}" for name in names)

@@ -14,13 +14,16 @@ from types import MappingProxyType
 
 from ..errors import OptionError
 
-__all__ = ["BUCKETS", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
+__all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
 #: Numbers of tokens that are measured: those for which backends choose their algorithms, and one
 #: token, which decoding has.
 BUCKETS = (1, *(1 << power for power in range(4, 15)))
 #: The backend that uses no zeros.
 DENSE = "dense"
+#: Bytes of a dense weight from which on its model is too large for the level-2 cache: a few dozen
+#: layers of such a size are.
+COLD_BYTES = 1 << 20
 #: Up to so many tokens a product takes as long as the bucket above: tiles are as large as that, and
 #: tokens that are missing in one save nothing.  Larger products have many tiles.
 _WHOLE_TILES = 256
