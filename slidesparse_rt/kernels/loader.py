@@ -264,28 +264,29 @@ class KernelCache:
 
         False for a stream of a green context, which has a part of the multiprocessors.
         """
-        if stream in _DEFAULT_STREAMS:
-            return True
-        context = ctypes.c_void_p(None)
-        self.cuda.cuStreamGetCtx(stream, ctypes.byref(context))
-        return context.value == self._context
+        return self._context_of(stream) == self._context
 
     def device_of_stream(self, stream: int) -> int:
         """Return CUDA's number of the device that a stream belongs to.
 
         The default streams have no device of their own and count as this one's.
         """
-        if stream in _DEFAULT_STREAMS:
-            return self.device
-        context = ctypes.c_void_p(None)
-        self.cuda.cuStreamGetCtx(stream, ctypes.byref(context))
-        if context.value == self._context:
+        context = self._context_of(stream)
+        if context == self._context:
             return self.device
         # Another device's, or a context that shares this device.
         number = ctypes.c_int(-1)
-        with _pushed(self.cuda, context.value):
+        with _pushed(self.cuda, context):
             self.cuda.cuCtxGetDevice(ctypes.byref(number))
         return number.value
+
+    def _context_of(self, stream: int) -> int | None:
+        """The context of a stream; this device's for the default streams, which have none."""
+        if stream in _DEFAULT_STREAMS:
+            return self._context
+        context = ctypes.c_void_p(None)
+        self.cuda.cuStreamGetCtx(stream, ctypes.byref(context))
+        return context.value
 
     def close(self) -> None:
         """Unload the kernels; closing twice is fine.  Nothing may be running any more."""
