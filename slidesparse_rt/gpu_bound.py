@@ -87,6 +87,7 @@ class BoundOnGpu(BoundRun):
     """
 
     __slots__ = (
+        "_block",
         "_current_device",
         "_current_stream",
         "_device",
@@ -138,6 +139,8 @@ class BoundOnGpu(BoundRun):
         #: Whether launches may be recorded.
         self._graph = graph and bool(parts)
         self._recording: Recording | None = None
+        #: Where in the workspace the recording works.
+        self._block: Block | None = None
         #: Launches the recording on this stream, while the workspace has moved so often.
         self._replay: Callable[[], int] = int
         self._replay_stream = self._moves = _NONE
@@ -225,13 +228,14 @@ class BoundOnGpu(BoundRun):
         """Record the launches as they would be on ``stream``; False where that cannot be done."""
         kernels, workspace = kernels_of(self._index), self._workspace
         largest = max((step for step, _, _ in self._parts), key=lambda step: step.nbytes)
-        self._replay_stream = _NONE
+        before, self._replay_stream = self._replay_stream, _NONE
         try:
             if kernels.owns(stream):
                 block = Block(workspace.address(largest.nbytes, stream, largest.tokens))
-                with working_on(self._index):
-                    made = Recording(kernels.cuda, partial(self._launch_kernels, block))
-                self._recording, self._replay = made, made.on(stream)
+                if before != stream or block != self._block:  # else another stream's has moved
+                    with working_on(self._index):
+                        made = Recording(kernels.cuda, partial(self._launch_kernels, block))
+                    self._recording, self._replay, self._block = made, made.on(stream), block
                 self._replay_stream, self._moves = stream, workspace.moves
                 return True
         except LibraryError as error:

@@ -128,6 +128,16 @@ def test_a_workspace_that_moved_is_recorded_again(machine: Machine) -> None:
     machine.current_stream = STREAM
     bound()
     assert list(machine.driver.graphs) == [first]
+    # Nor does it matter here that another stream's block moves.
+    machine.current_stream = 8
+    runner.run(torch.zeros(5000, K), None, None, None)
+    assert runner.workspace.moves == 1
+    machine.current_stream = STREAM
+    machine.taken()
+    for _ in range(2):
+        bound()
+        assert machine.taken() == ran
+    assert list(machine.driver.graphs) == [first]
     runner.run(torch.zeros(5000, K), None, None, None)
     machine.taken()
     for _ in range(2):
