@@ -160,3 +160,9 @@ SS_DEVICE u32 atomic_next(u32* address, u32 most) {
                : "memory");
   return before;
 }
+// A counter that other blocks count in; after it comes what they had written when they counted.
+SS_DEVICE u32 load_counter(const u32* address) {
+  u32 value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from slidesparse_rt.dtypes import operand
-from slidesparse_rt.kernels import catalog
+from slidesparse_rt.kernels import catalog, hopper_tiles
 from slidesparse_rt.kernels.catalog import KernelSpec
 from slidesparse_rt.kernels.compiler import Compiler, default_directory
 from slidesparse_rt.kernels.hopper_tiles import HopperConfig, configurations
@@ -42,6 +43,11 @@ def pairs() -> list[tuple[HopperConfig, str, str]]:
         for i, config in enumerate(shipped())
         for j, dtype in enumerate(DTYPES)
     ]
+
+
+def share_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tiles be shared wherever they can be, though it would not be worth it."""
+    monkeypatch.setattr(hopper_tiles, "_TILE_CLOCKS", 1 << 40)
 
 
 def keep_compiled(spec: KernelSpec) -> str:

@@ -245,7 +245,9 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
         assert launch["shared"] == config.shared_bytes <= HOPPER_SHARED_BYTES
         assert launch["values"][5] == N
         assert launch["values"][8:10] == [bucket, N]
-        assert (launch["values"][-2] > 1) == config.split
+        splits, ranges = launch["values"][-4:-2]
+        assert (splits > 1 or ranges > 0) == config.split
+        assert (ranges > 0) == config.even
         places.add((launch["values"][0], *launch["values"][4:8:3]))
     # One result and one row of counters for all, and nothing kept afterwards.
     assert len(places) == 1

@@ -127,60 +127,95 @@ def test_there_are_enough_stages(config):
 
 @needs_compiler
 def test_every_part_of_a_product_is_worked_on_once(tmp_path):
-    """item_of(), from the kernel's text, over whole grids of tiles."""
+    """item_of(), from the kernel's text, of every block of whole grids."""
     text = between("struct Shape {", "// The first of a warpgroup's blocks of 64 channels.")
+    steps = 11
+    #: weight tiles, token tiles, group, whole tiles, splits, ranges, blocks
     products = [
-        (*tiles, group, tiles[0] * tiles[1] - rest, splits)
+        (*tiles, group, tiles[0] * tiles[1] - rest, splits, 0, blocks)
         for tiles in ((1, 1), (2, 1), (7, 2), (9, 5), (17, 2))
         for group in (1, 8, 16)
         for splits in (1, 2, 3, 11)
         for rest in {0, 1, tiles[0] * tiles[1]}
+        for blocks in (1, 6)
+        if blocks <= tiles[0] * tiles[1] - rest + rest * splits
+    ] + [
+        (weight, token, 8, weight * token, 1, ranges, ranges * token)
+        for weight, token in ((1, 1), (2, 1), (7, 2), (9, 5), (17, 2))
+        for ranges in (1, 2, 3, 4, 5, 11, 14, 66)
+        if ranges <= weight * steps // 2
     ]
     calls = "\n".join(
-        f"show<{'true' if splits > 1 else 'false'}>"
-        f"({{0, 0, 11, 0, {weight}, {token}, {group}, {whole}, {splits}}});"
-        for weight, token, group, whole, splits in products
+        f"show<{'true' if splits > 1 or ranges else 'false'}>({{0, 0, {steps}, 0, {weight}, {token}, "
+        f"{group}, {whole}, {splits}, {ranges}}}, {blocks});"
+        for weight, token, group, whole, splits, ranges, blocks in products
     )
     program = f"""
     #include <cstdio>
     using u32 = unsigned;
     #define SS_DEVICE static
+    static struct {{ unsigned x; }} blockIdx, gridDim;
     template <bool SPLITS> struct Order {{
     {text}
-    static void show(Shape shape) {{
-      for (int i = 0; i < items_of(shape); ++i) {{
-        const Item item = item_of(i, shape);
-        std::printf("%d %d %d %d %d %d\\n", item.weight_tile, item.token_tile, item.first,
-                    item.count, i < shape.whole ? -1 : item.tile, item.split);
+    static void show(Shape shape, int blocks) {{
+      gridDim.x = blocks;
+      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {{
+        for (int i = 0; i < items_of(shape); ++i) {{
+          const Item item = item_of(i, shape);
+          const int slot = item.part ? item.second_slot + (item.part - 1) * item.slot_step
+                                     : item.first_slot;
+          std::printf("%d %d %d %d %d %d %d %d %d\\n", (int)blockIdx.x, item.weight_tile,
+                      item.token_tile, item.first, item.count, item.part, item.parts,
+                      item.counter, slot);
+        }}
       }}
       std::printf("end\\n");
     }}
     }};
-    template <bool SPLITS> void show(typename Order<SPLITS>::Shape shape) {{
-      Order<SPLITS>::show(shape);
+    template <bool SPLITS> void show(typename Order<SPLITS>::Shape shape, int blocks) {{
+      Order<SPLITS>::show(shape, blocks);
     }}
     int main() {{ {calls} }}
     """
     runs = built(tmp_path, program).split("end\n")[:-1]
     assert len(runs) == len(products)
-    for (weight_tiles, token_tiles, _, whole, splits), run in zip(products, runs, strict=True):
-        steps: Counter[tuple[int, int, int]] = Counter()
+    for product, run in zip(products, runs, strict=True):
+        weight_tiles, token_tiles, _, whole, splits, ranges, blocks = product
+        done: Counter[tuple[int, int, int]] = Counter()
         shared: dict[int, list[tuple[int, ...]]] = {}
+        slots: list[int] = []
+        of_block: Counter[int] = Counter()
         for line in run.splitlines():
-            weight, token, first, count, tile, split = map(int, line.split())
-            assert count >= 11 // splits
-            steps.update((weight, token, step) for step in range(first, first + count))
-            if splits > 1 and tile >= 0:
-                shared.setdefault(tile, []).append((split, first, weight, token))
-        assert set(steps.values()) == {1}
-        assert len(steps) == weight_tiles * token_tiles * 11
-        # Each shared tile has a number, and its parts are numbered in the order of K'.
-        if splits > 1:
-            assert sorted(shared) == list(range(weight_tiles * token_tiles - whole))
-        for parts in shared.values():
-            assert [part[0] for part in sorted(parts)] == list(range(splits))
-            assert sorted(part[1] for part in parts) == [part[1] for part in sorted(parts)]
-            assert len({part[2:] for part in parts}) == 1
+            block, weight, token, first, count, part, parts, counter, slot = map(int, line.split())
+            assert count >= (1 if ranges else steps // splits)
+            assert (parts > 1) == (count < steps)
+            done.update((weight, token, step) for step in range(first, first + count))
+            of_block[block] += count
+            if parts > 1:
+                shared.setdefault(counter, []).append((part, first, weight, token, parts))
+                slots.append(slot)
+        assert set(done.values()) == {1}
+        assert len(done) == weight_tiles * token_tiles * steps
+        # Every part has a place of its own.
+        assert len(set(slots)) == len(slots)
+        if ranges:
+            # Blocks have as much to do as others, to a step.
+            assert max(of_block.values()) - min(of_block.values()) <= 1
+            assert len(of_block) == blocks
+            assert all(0 <= slot < 2 * blocks for slot in slots)
+            assert all(0 <= counter < blocks for counter in shared)
+        else:
+            assert all(0 <= slot < (weight_tiles * token_tiles - whole) * splits for slot in slots)
+            if splits > 1:
+                assert sorted(shared) == list(range(weight_tiles * token_tiles - whole))
+        # Each shared tile has counters of its own, and its parts are numbered in the order of K'.
+        for parts_of_tile in shared.values():
+            expected = parts_of_tile[0][4]
+            assert [part[0] for part in sorted(parts_of_tile)] == list(range(expected))
+            assert sorted(part[1] for part in parts_of_tile) == [
+                part[1] for part in sorted(parts_of_tile)
+            ]
+            assert len({part[2:] for part in parts_of_tile}) == 1
 
 
 # --- which configurations there are ---------------------------------------------------------------
@@ -206,13 +241,21 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         assert (cut.weight_tiles - 1) * config.rows < rows <= cut.weight_tiles * config.rows
         assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
         assert cut.tiles == cut.weight_tiles * cut.token_tiles
-        assert cut.blocks == min(cut.items, sm_count)
-        assert config.split == (cut.splits > 1)
+        assert config.even or cut.blocks == min(cut.items, sm_count)
+        assert config.split == (cut.splits > 1 or cut.ranges > 0)
+        assert config.even == (cut.ranges > 0)
         assert cut.splits <= hopper_tiles.MOST_SPLITS
         assert steps // cut.splits >= config.turns
         # All that fill the multiprocessors are whole.
-        rest = cut.tiles % sm_count if config.split else 0
-        assert cut.counters == cut.tiles - cut.whole == rest <= hopper_tiles.HOPPER_COUNTERS
+        rest = cut.tiles % sm_count if cut.splits > 1 else 0
+        assert cut.shared == cut.tiles - cut.whole == rest
+        assert cut.counters <= hopper_tiles.HOPPER_COUNTERS
+        if config.even:
+            assert cut.blocks == cut.ranges * cut.token_tiles
+            assert cut.counters == 3 * cut.blocks
+            assert cut.partial_bytes == 2 * cut.blocks * 4 * config.rows * config.tokens
+            continue
+        assert cut.counters == 3 * rest
         assert cut.items == cut.whole + rest * cut.splits
         assert cut.partial_bytes == rest * cut.splits * 4 * config.rows * config.tokens
         # What was timed for a bucket also runs fewer tokens.
@@ -247,7 +290,7 @@ def test_few_tokens_share_k_and_many_do_not():
         (HopperConfig(128, 2), 3584, 111, 256, 0, 4),  # 28 tiles: 112 parts
         (HopperConfig(128, 2), 3584, 3, 256, 28, 1),  # too short to share
         (HopperConfig(16, 1, 2, True), 3584, 111, 16, 0, 2),  # 56 tiles: one round of 112
-        (HopperConfig(208, 2), 3584, 111, 2048, 132, 8),  # 8 of 140 tiles are left over
+        (HopperConfig(208, 2), 3584, 111, 2048, 132, 16),  # 8 of 140 tiles are left over
         (HopperConfig(208, 2), 128 * 256, 111, 208, 128, 1),  # 128 of 132: as good as all
         (HopperConfig(208, 2), 132 * 256, 111, 208, 132, 1),
     ],
@@ -256,6 +299,27 @@ def test_how_tiles_are_shared(config, n, steps, tokens, whole, splits):
     cut = tiling(replace(config, split=True), n, 256 * steps, tokens, 132)
     assert (cut.whole, cut.splits) == (whole, splits)
     assert tiling(config, n, 256 * steps, tokens, 132).whole == cut.tiles
+
+
+def test_equal_ranges_are_for_a_few_rounds_of_tiles():
+    """Where whole tiles leave multiprocessors idle in the last round, and most of them have work."""
+
+    def even(n, tokens):
+        return {config.tokens for config in configurations(n, 5376, tokens, 132) if config.even}
+
+    assert even(37_888, 256) == {128, 160, 192, 208}  # 296 tiles of 128 tokens
+    assert even(3584, 256) == set()  # fewer tiles than multiprocessors
+    assert 208 in even(37_888, 2048)
+    assert even(37_888, 16_384) == set()
+    for config in configurations(37_888, 5376, 256, 132):
+        assert not (config.even and config.k_groups)
+        cut = tiling(config, 37_888, 5376, 256, 132)
+        assert not config.even or cut.ranges == 132 // cut.token_tiles
+
+
+def test_a_configuration_cannot_have_both_ranges_and_turns():
+    cut = tiling(HopperConfig(64, 1, 2, True, split=True, even=True), 37_888, 5376, 64, 132)
+    assert cut.ranges == 0
 
 
 def test_names_tell_configurations_apart():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulate import COMPILER, EmulatedMachine, Memory
-from hopper_cases import DTYPES, OUT_TYPES, shipped
+from hopper_cases import DTYPES, OUT_TYPES, share_always, shipped
 from kernel_checks import POISON
 
 from slidesparse_rt.dtypes import array_type, operand
@@ -22,6 +22,12 @@ from slidesparse_rt.kernels.hopper_layout import pack
 from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES, HopperConfig, tiling
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_always(monkeypatch)
+
 
 #: Few multiprocessors, so that each works on several tiles.
 SM_COUNT = 3
@@ -194,6 +200,30 @@ def test_tiles_that_blocks_share(
     machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, uneven=2)
     product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
     assert tiling(config, n, product.slid_bytes, m, sm_count).splits == splits
+    check_product(machine, product, config, "bfloat16", n)
+
+
+@pytest.mark.parametrize("order", [{"backwards": True}, {"uneven": 2}], ids=str)
+@pytest.mark.parametrize("tokens", [32, 64, 208])
+@pytest.mark.parametrize(
+    ("sm_count", "n", "m", "steps", "ranges"),
+    [
+        (16, 70, 5, 64, 16),  # tiles that many blocks share
+        (5, 700, 20, 9, 5),  # a part of a tile or none, whole ones, a part or none
+        (4, 1000, 20, 4, 4),  # whole tiles only
+        (7, 1000, 300, 23, 0),  # tiles of tokens, too, as many as there are multiprocessors or not
+        (3, 300, 20, 1, 1),  # hardly any K'
+    ],
+)
+def test_equal_ranges(
+    tokens: int, sm_count: int, n: int, m: int, steps: int, ranges: int, order: dict[str, Any]
+) -> None:
+    """In either order of the blocks: who shares a tile with one that was there before writes it."""
+    config = HopperConfig(tokens, 2, split=True, even=True)
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, **order)
+    product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
+    cut = tiling(config, n, product.slid_bytes, m, sm_count)
+    assert cut.ranges == (ranges or sm_count // cut.token_tiles)
     check_product(machine, product, config, "bfloat16", n)
 
 

@@ -62,7 +62,7 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
     launch = kernels.cuda.launches[0]
     assert launch == {
         "function": 701,
-        "blocks": 4 * 3 * 4,
+        "blocks": 4 * 3 * 8,
         "threads": 3 * 128,
         "shared": config.shared_bytes,
         "stream": 99,
@@ -72,8 +72,8 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
         "values": [
             *(0x1000, 0x3000, 0x4000, 0x5000, 0x6000, 1024, 0x70000, 0x80000),
             *(130, 1000, 16, 8),  # tokens, channels, steps, panels
-            *(4, 3, 5, 0, 4),  # tiles of channels and of tokens, group, whole tiles, splits
-            2,  # in boxes
+            *(4, 3, 5, 0, 8),  # tiles of channels and of tokens, group, whole tiles, splits
+            *(0, 1, 2),  # no equal ranges, an early start, in boxes
         ],
     }
     kind = {"float16": 6, "float32": 7, "bfloat16": 9}[out_type]
@@ -227,9 +227,21 @@ def test_each_warpgroup_has_a_step(kernels, config, steps, turns):
 
 def test_tiles_that_blocks_share_have_counters():
     config, sizes = HopperConfig(128, 2, split=True), (64, 1 << 20, 1 << 20)
-    HopperGemm(FakeKernels(10_000), "int8", "float32", *sizes, 128 * 2048, config)
-    with pytest.raises(OptionError, match=r"splits 2049 tiles among blocks; allowed are 2048"):
-        HopperGemm(FakeKernels(10_000), "int8", "float32", *sizes, 128 * 2049, config)
+    HopperGemm(FakeKernels(10_000), "int8", "float32", *sizes, 128 * 682, config)
+    with pytest.raises(OptionError, match=r"splits 683 tiles among blocks; allowed are 682"):
+        HopperGemm(FakeKernels(10_000), "int8", "float32", *sizes, 128 * 683, config)
+
+
+def test_equal_ranges_are_part_of_a_launch(kernels):
+    config = HopperConfig(128, 2, split=True, even=True)
+    gemm = HopperGemm(kernels, "int8", "bfloat16", 37_888, 5376, 5376, 250, config)
+    gemm(*OPERANDS, 0x6000, 37_888, *REST)
+    launch = kernels.cuda.launches[0]
+    assert launch["blocks"] == 132
+    # Every tile counts as whole where there are ranges.
+    assert launch["values"][10:] == [21, 296, 148, 2, 8, 296, 1, 66, 1, 2]
+    assert gemm.tiling.counters == 3 * 132
+    assert gemm.tiling.partial_bytes == 2 * 132 * 256 * 128 * 4
 
 
 def test_products_that_kernels_cannot_count_are_refused(kernels):

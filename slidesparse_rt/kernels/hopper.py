@@ -14,7 +14,14 @@ from . import catalog
 from .fixed import AimedLaunch, FixedLaunch, starts_early
 from .geometry import MAX_INT
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES
-from .hopper_tiles import GROUP_THREADS, HOPPER_COUNTERS, MOST_SPLITS, HopperConfig, tiling
+from .hopper_tiles import (
+    COUNTERS_A_TILE,
+    GROUP_THREADS,
+    HOPPER_COUNTERS,
+    MOST_SPLITS,
+    HopperConfig,
+    tiling,
+)
 from .launch import Launch
 from .loader import Cuda, KernelCache
 
@@ -23,7 +30,7 @@ __all__ = ["HOPPER_PACK_ARGUMENTS", "FixedGemm", "HopperGemm", "pack_weights"]
 #: Kernel arguments of hopper_pack as codes of struct.
 HOPPER_PACK_ARGUMENTS = "QqQqi"
 #: Those of hopper_gemm after the tensor map.
-_GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiiii"
+_GEMM_ARGUMENTS = "QQQQQqQQiiiiiiiiiiii"
 _MAP_BYTES = 128
 _MAP_ALIGNMENT = 64
 #: Bytes that addresses, strides and row lengths of results stored in boxes are multiples of.
@@ -49,7 +56,7 @@ _EARLY_TOKENS, _EARLY_TOKENS_SHORT, _SHORT_ROWS = 256, 4096, 1 << 14
 #: Tensor maps of results that a product keeps: PyTorch gives new results a few addresses in turn.
 _OUT_MAPS = 16
 #: Places of arguments in the layout.
-_OUT, _OUT_STRIDE, _STORING = 4, 5, 17
+_OUT, _OUT_STRIDE, _STORING = 4, 5, 19
 
 # How results are stored (hopper_gemm.cu).
 _ONE_BY_ONE, _SIDE_BY_SIDE, _IN_BOXES = 0, 1, 2
@@ -121,8 +128,8 @@ class HopperGemm:
             raise ShapeError(f"{tokens} tokens by {n} channels are too many for one launch")
         if cut.counters > HOPPER_COUNTERS:
             raise OptionError(
-                f"{config.name} splits {cut.counters} tiles among blocks; allowed are "
-                f"{HOPPER_COUNTERS}: use a configuration that splits none"
+                f"{config.name} splits {cut.shared} tiles among blocks; allowed are "
+                f"{HOPPER_COUNTERS // COUNTERS_A_TILE}: use a configuration that splits none"
             )
         self.config, self.tiling = config, cut
         self._tokens, self._row_bytes, self._box = tokens, row_bytes, config.tokens
@@ -146,6 +153,8 @@ class HopperGemm:
             config.tile_group,
             cut.whole,
             cut.splits,
+            cut.ranges,
+            int(self._early),
         )
         self._cuda = kernels.cuda
         # The copy engine writes whole pieces of 16 bytes, also of the last channels of a row.

@@ -8,6 +8,7 @@ from typing import Any
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES, unit_bytes
 
 __all__ = [
+    "COUNTERS_A_TILE",
     "GROUP_THREADS",
     "HOPPER_COUNTERS",
     "HOPPER_SHARED_BYTES",
@@ -20,8 +21,10 @@ __all__ = [
 
 #: Dynamic shared memory that a block of hopper_gemm may take.
 HOPPER_SHARED_BYTES = 227 * 1024
-#: Tiles of which blocks can share K': each needs a counter (backends/workspace.py has the memory).
+#: 32-bit counters of tiles of which blocks share K' (backends/workspace.py has the memory), and how
+#: many each needs.
 HOPPER_COUNTERS = 2048
+COUNTERS_A_TILE = 3
 #: Threads of a warpgroup.
 GROUP_THREADS = 128
 #: Shared memory that stages start at a multiple of.
@@ -36,12 +39,14 @@ _MANY_TOKENS = 1024
 MOST_SPLITS = 16
 _LEAST_STEPS = 2
 #: To choose the number of parts: bytes a clock of operands from L2 (docs/hopper-kernel.md, "The
-#: budget"), of sums that all write and of sums that few read; clocks around each part.
-_INGRESS, _WRITTEN, _READ, _PART_CLOCKS = 64, 32, 64, 3000
+#: budget") and of sums that blocks write and read; clocks around each tile and around each part.
+_INGRESS, _WRITTEN, _READ, _TILE_CLOCKS, _PART_CLOCKS = 64, 32, 64, 3000, 10000
 #: Rounds of whole tiles up to which the last one matters.
 _MOST_ROUNDS = 12
 #: What must be left of the time that the last tiles take, for sharing them to be worth a try.
 _WORTHWHILE = 0.85
+#: Part of all multiprocessors that equal ranges must give work, for the same.
+_BUSY = 0.95
 #: Tiles of channels side by side, unless something else was faster.
 _BESIDE = 8
 
@@ -66,6 +71,9 @@ class HopperConfig:
         a part of their K'.
     tile_group:
         Tiles of channels that are worked on side by side, for the sake of L2.
+    even:
+        Whether the K' of all channels is cut into equal ranges instead, wherever tiles begin and
+        end; with ``split``, without ``k_groups``.
     """
 
     tokens: int
@@ -74,6 +82,7 @@ class HopperConfig:
     k_groups: bool = False
     split: bool = False
     tile_group: int = _BESIDE
+    even: bool = False
 
     @property
     def rows(self) -> int:
@@ -150,6 +159,7 @@ class HopperConfig:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
         split = ", the last share K'" if self.split else ""
+        split = ", equal shares of K'" if self.even else split
         beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
         return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
 
@@ -164,6 +174,9 @@ class Tiling:
         Tiles along N and along M.
     whole, splits:
         Tiles that one block works on, the first ones, and by how many blocks each other is shared.
+    ranges:
+        Or the equal ranges of K' of all channels, of each of which every tile of tokens has a
+        block; 0 where there are none.
     blocks:
         Blocks of threads.
     partial_bytes:
@@ -174,6 +187,7 @@ class Tiling:
     token_tiles: int
     whole: int
     splits: int
+    ranges: int
     blocks: int
     partial_bytes: int
 
@@ -183,14 +197,19 @@ class Tiling:
         return self.weight_tiles * self.token_tiles
 
     @property
+    def shared(self) -> int:
+        """Tiles that several blocks share."""
+        return self.tiles - self.whole
+
+    @property
     def counters(self) -> int:
         """How many 32-bit counters, zero before the first launch, shared tiles need."""
-        return self.tiles - self.whole
+        return COUNTERS_A_TILE * (self.blocks if self.ranges else self.shared)
 
     @property
     def items(self) -> int:
         """Whole tiles and parts of the others."""
-        return self.whole + self.counters * self.splits
+        return self.tiles + self.blocks if self.ranges else self.whole + self.shared * self.splits
 
 
 def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count: int) -> Tiling:
@@ -199,10 +218,19 @@ def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
     rows = -(-n // PANEL_ROWS) * PANEL_ROWS
     weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
     tiles = weight_tiles * token_tiles
+    steps, tile_bytes = slid_bytes // STEP_BYTES, config.rows * config.tokens * 4
+    if config.even and not config.k_groups:
+        ranges = _ranges(weight_tiles, token_tiles, steps, sm_count)
+        if ranges:
+            # A block may share its first and its last tile.
+            blocks = ranges * token_tiles
+            return Tiling(
+                weight_tiles, token_tiles, tiles, 1, ranges, blocks, 2 * blocks * tile_bytes
+            )
     whole, splits = tiles, 1
     if config.split and tiles % sm_count:
         rest = tiles % sm_count
-        splits = _splits(config, rest, slid_bytes // STEP_BYTES, sm_count)
+        splits = _splits(config, rest, steps, sm_count)
         whole -= rest if splits > 1 else 0
     parts = (tiles - whole) * splits
     return Tiling(
@@ -210,8 +238,16 @@ def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
         token_tiles,
         whole,
         splits,
+        0,
         min(whole + parts, sm_count),
-        parts * config.rows * config.tokens * 4,
+        parts * tile_bytes,
+    )
+
+
+def _ranges(weight_tiles: int, token_tiles: int, steps: int, sm_count: int) -> int:
+    """Into how many equal ranges all channels' K' is cut; 0: there are too many tokens for any."""
+    return min(
+        sm_count // token_tiles, weight_tiles * steps // _LEAST_STEPS, weight_tiles * MOST_SPLITS
     )
 
 
@@ -223,10 +259,12 @@ def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
     part_bytes = config.rows * config.tokens * 4
 
     def clocks(splits: int) -> float:
-        # The last block of a tile reads what all have written.
+        if splits == 1:
+            return of_tile + _TILE_CLOCKS
+        # Each block writes a part, and reads as much: an equal share of all parts of its tile.
         rounds = -(-tiles * splits // sm_count)
-        read = splits * part_bytes / _READ
-        return rounds * (of_tile / splits + part_bytes / _WRITTEN + _PART_CLOCKS) + read
+        added = part_bytes / _WRITTEN + part_bytes / _READ
+        return rounds * (of_tile / splits + added + _PART_CLOCKS)
 
     able = [
         splits
@@ -234,7 +272,7 @@ def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
         if steps // splits >= max(config.turns, _LEAST_STEPS)
         and _left(tiles, splits, sm_count) <= _WORTHWHILE
     ]
-    return min(able, key=clocks, default=1)
+    return min([1, *able], key=clocks)
 
 
 def _left(tiles: int, splits: int, sm_count: int) -> float:
@@ -264,6 +302,12 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
         cut = tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count)
         if cut.splits > 1 and cut.whole <= _MOST_ROUNDS * sm_count:
             found.append(replace(config, split=True))
+        if config.k_groups or not sm_count < cut.tiles <= _MOST_ROUNDS * sm_count:
+            continue
+        even = replace(config, split=True, even=True)
+        cut = tiling(even, n, slid_bytes, tokens, sm_count)
+        if cut.ranges and cut.blocks >= _BUSY * sm_count and cut.tiles % sm_count:
+            found.append(even)
     if tokens > _MANY_TOKENS:
         found.append(HopperConfig(_HIGH_TILES[-1], 2, tile_group=16))
     steps = slid_bytes // STEP_BYTES

@@ -255,3 +255,4 @@ inline u32 atomic_next(u32* address, u32 most) {
   *address = before >= most ? 0 : before + 1;
   return before;
 }
+inline u32 load_counter(const u32* address) { return *address; }

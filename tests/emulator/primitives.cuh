@@ -119,7 +119,7 @@ inline void fiber_main() {
 }
 
 // Runs `entry` (24 arguments) over a grid of `blocks`.  `order`: 0, threads take turns; 1, the last one
-// first; larger, each warpgroup of 128 in turn sleeps while the others go on, as this seed says.
+// first, and the last block; larger, each warpgroup of 128 in turn sleeps while the others go on, as this seed says.
 // Returns "" or what went wrong.
 extern "C" __attribute__((used, visibility("default"))) const char*
 emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsigned y, u32 shared_bytes,
@@ -136,7 +136,7 @@ emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsi
   machine.lanes.assign(threads, 0);
   u32 random = order, rounds = 0, asleep = 0;
   for (unsigned b = 0; b < blocks && !machine.trouble[0]; ++b) {
-    machine.block = {b, 0, 0};
+    machine.block = {order == 1 ? blocks - 1 - b : b, 0, 0};
     for (const auto hook : machine.at_edges) hook();
     std::memset(machine.shared_base, 0xa5, shared_bytes);
     machine.all = {threads, 0, 0};
