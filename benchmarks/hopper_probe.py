@@ -30,7 +30,12 @@ from slidesparse_rt.bench.sides import BF16, GpuSide, make_weights
 from slidesparse_rt.bench.timing import Gpu, burst, sustained
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
-from slidesparse_rt.kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
+from slidesparse_rt.kernels.hopper_layout import (
+    PANEL_ROWS,
+    STAGE_BYTES,
+    STEP_BYTES,
+    packed_bytes,
+)
 from slidesparse_rt.kernels.hopper_tiles import HopperConfig, tiling
 from slidesparse_rt.kernels.launch import Quantizer
 from slidesparse_rt.kernels.loader import kernels_of
@@ -72,7 +77,8 @@ class Hopper:
                 )
                 gpu.synchronize()
             weight.drop_values()
-            row_length = -(-pattern.slid_k(layer.k) * size // 16) * 16 // size
+            # Whole lines of L2, as in a plan.
+            row_length = -(-pattern.slid_k(layer.k) * size // STAGE_BYTES) * STAGE_BYTES // size
             q = gpu.allocate((tokens + _MORE_ROWS) * row_length * size)
             scales, y = gpu.allocate(tokens * 4), gpu.allocate(tokens * layer.n * 2)
             x = gpu.random(tokens * layer.k * 2, BF16)

@@ -21,6 +21,9 @@
 // `partials`, where those blocks that are there when the last has come add them up, in the order of K':
 // repeated runs give the same bits.
 //
+// Its parts in headers: hopper_schedule.cuh, which tiles a block works on; hopper_results.cuh, from sums to
+// results; hopper_share.cuh, tiles that blocks share.
+//
 // Compile-time settings (slidesparse_rt/kernels/catalog.py):
 //   SS_TYPE     int8, E4M3, bfloat16 or float16 (numbers.cuh); SS_OUT float32, float16, bfloat16
 //   SS_TOKENS   tokens of a tile; SS_BLOCKS blocks of 64 channels of a warpgroup, 1 or 2
@@ -58,11 +61,13 @@ constexpr int CHUNK = TOKENS % 32 || OUT_BYTES == 4 ? 16 : 32;
 constexpr int BOX_ROW = 32 * OUT_BYTES;
 constexpr int BOX_BYTES = CHUNK * BOX_ROW;
 
-// Shared memory: stages, result buffers, scales of tokens for each warp, sums of warpgroups, barriers,
-// which share of a tile this block has.  kernels/hopper_tiles.py adds up the same.
+// Shared memory: stages, result buffers, scales of tokens and the item for each warp, sums of warpgroups,
+// barriers, which share of a tile this block has.  kernels/hopper_tiles.py adds up the same.
 constexpr int RESULTS = STAGES * STAGE_BYTES;
 constexpr int SCALES = RESULTS + (BOXES ? GROUPS * 4 * 2 * BOX_BYTES : 0);
-constexpr int GATHER = SCALES + GROUPS * 4 * TOKENS * 4;
+constexpr int ITEMS = SCALES + GROUPS * 4 * TOKENS * 4;
+constexpr int ITEM_BYTES = 32;
+constexpr int GATHER = ITEMS + GROUPS * 4 * ITEM_BYTES;
 constexpr int BARRIERS = GATHER + (K_GROUPS ? (GROUPS - 1) * BLOCKS * SUMS * GROUP_THREADS * 4 : 0);
 
 // A barrier tells only even from odd uses of a stage: who waits for one must have seen the use before.
@@ -82,106 +87,44 @@ struct Sums {
   u32 of[BLOCKS][SUMS];
 };
 
-struct Shape {
-  int tokens, channels, steps, panels;
-  int weight_tiles, token_tiles, group;
-  int whole, splits;  // tiles that are not split, and into how many parts of K' the others are
-  int ranges;         // or, if not 0: how many equal parts all channels' K' are cut into
+// The headers of this kernel use what is above them.
+#include "hopper_schedule.cuh"
+
+// Which warp this is, and where in shared memory it has its tokens' scales, its results and its item.
+struct Place {
+  int group, warp;
+  u32 shared;
+  SS_DEVICE u32 scales() const { return shared + SCALES + (4 * group + warp) * (TOKENS * 4); }
+  SS_DEVICE u32 buffers() const { return shared + RESULTS + (4 * group + warp) * (2 * BOX_BYTES); }
+  SS_DEVICE u32 item() const { return shared + ITEMS + (4 * group + warp) * ITEM_BYTES; }
 };
 
-// What a block works on at a time: a tile, or a part of its K'.
-struct Item {
-  int weight_tile, token_tile;
-  int first, count;  // steps of 256 bytes of K'
-  // Of a tile that blocks share: which of how many parts this is, its counters, and where parts lie: the
-  // first, the second, and how far it is from there to the next.
-  int part, parts;
-  int counter, first_slot, second_slot, slot_step;
-};
-
-// Ranges are of `length` steps, the first `longer` of them of one more.
-struct Ranges {
-  u32 length, longer;
-};
-SS_DEVICE Ranges ranges_of(const Shape& shape) {
-  const u32 all = static_cast<u32>(shape.weight_tiles) * shape.steps, ranges = shape.ranges;
-  return Ranges{all / ranges, all % ranges};
-}
-SS_DEVICE u32 begin_of_range(const Ranges& ranges, u32 range) {
-  return range * ranges.length + (range < ranges.longer ? range : ranges.longer);
-}
-SS_DEVICE u32 range_of_step(const Ranges& ranges, u32 step) {
-  const u32 in_longer = ranges.longer * (ranges.length + 1);
-  return step < in_longer ? step / (ranges.length + 1) : ranges.longer + (step - in_longer) / ranges.length;
-}
-
-// Equal parts: the K' of all tiles of channels, one after the other, is cut into ranges.  A block has one
-// of them for one tile of tokens; neighbours have the same one, so that weights come from L2 for all but
-// the first of them.
-SS_DEVICE Item item_of_range(int number, const Shape& shape) {
-  const Ranges ranges = ranges_of(shape);
-  const u32 tiles = shape.token_tiles, steps = shape.steps;
-  const u32 range = blockIdx.x / tiles, token_tile = blockIdx.x - range * tiles;
-  const u32 begin = begin_of_range(ranges, range), end = begin_of_range(ranges, range + 1);
-  const u32 tile = begin / steps + number, from = tile * steps, to = from + steps;
-  const u32 first_range = range_of_step(ranges, from), last_range = range_of_step(ranges, to - 1);
-  Item item;
-  item.weight_tile = tile, item.token_tile = token_tile;
-  item.first = begin > from ? begin - from : 0;
-  item.count = (end < to ? end : to) - from - item.first;
-  item.part = range - first_range, item.parts = last_range - first_range + 1;
-  // A block shares at most the first and the last of its tiles: two slots each.
-  item.counter = first_range * tiles + token_tile;
-  item.first_slot = 2 * item.counter + 1;
-  item.second_slot = 2 * (item.counter + tiles), item.slot_step = 2 * tiles;
-  return item;
-}
-
-// Whole tiles, then the parts of the others.  Tiles are numbered `group` weight tiles wide, all token
-// tiles deep, so that what runs at a time shares both operands in L2; blocks read the same parts of K' at
-// about the same time for the same reason.
-SS_DEVICE Item item_of_tile(int number, const Shape& shape) {
-  const int index = blockIdx.x + number * gridDim.x;
-  Item item;
-  int tile = index;
-  item.first = 0, item.count = shape.steps, item.part = 0, item.parts = 1;
-  item.counter = 0, item.first_slot = 0, item.second_slot = 0, item.slot_step = 1;
-  if constexpr (SPLITS) {
-    if (index >= shape.whole) {
-      const int part = index - shape.whole;
-      item.counter = part / shape.splits;
-      item.part = part - item.counter * shape.splits, item.parts = shape.splits;
-      item.first_slot = item.counter * shape.splits, item.second_slot = item.first_slot + 1;
-      tile = shape.whole + item.counter;
-      item.first = static_cast<int>(static_cast<u32>(shape.steps) * item.part / shape.splits);
-      item.count = static_cast<int>(static_cast<u32>(shape.steps) * (item.part + 1) / shape.splits) - item.first;
+// What is in shared memory occupies no registers beside the sums.
+SS_DEVICE void keep_item(const Place& place, const Item& item) {
+  const Sharing& sharing = item.sharing;
+  __syncwarp();  // nobody reads the one before any more
+  if ((threadIdx.x & 31) == 0) {
+    shared_store16(place.item(), item.weight_tile, item.token_tile, sharing.parts, sharing.part);
+    if constexpr (SPLITS) {
+      shared_store16(place.item() + 16, sharing.counter, sharing.first_slot, sharing.second_slot,
+                     sharing.slot_step);
     }
   }
-  const int of_group = shape.group * shape.token_tiles;
-  const int which = tile / of_group, rest = tile - which * of_group;
-  const int first = which * shape.group;
-  const int width = shape.weight_tiles - first < shape.group ? shape.weight_tiles - first : shape.group;
-  item.token_tile = rest / width;
-  item.weight_tile = first + rest - item.token_tile * width;
+  __syncwarp();
+}
+// But for which steps.
+SS_DEVICE Item kept_item(const Place& place) {
+  Item item;
+  item.weight_tile = shared_load4(place.item()), item.token_tile = shared_load4(place.item() + 4);
   return item;
 }
-
-// What this block does as number `number`.
-SS_DEVICE Item item_of(int number, const Shape& shape) {
-  if (SPLITS && shape.ranges) return item_of_range(number, shape);
-  return item_of_tile(number, shape);
-}
-
-// How many items this block has.
-SS_DEVICE int items_of(const Shape& shape) {
-  if (SPLITS && shape.ranges) {
-    const Ranges ranges = ranges_of(shape);
-    const u32 range = blockIdx.x / shape.token_tiles, steps = shape.steps;
-    return (begin_of_range(ranges, range + 1) - 1) / steps - begin_of_range(ranges, range) / steps + 1;
-  }
-  const int tiles = shape.weight_tiles * shape.token_tiles;
-  const int items = SPLITS ? shape.whole + (tiles - shape.whole) * shape.splits : tiles;
-  return (items - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+SS_DEVICE bool is_shared(const Place& place) { return SPLITS && shared_load4(place.item() + 8) > 1; }
+SS_DEVICE Sharing kept_sharing(const Place& place) {
+  Sharing sharing;
+  sharing.parts = shared_load4(place.item() + 8), sharing.part = shared_load4(place.item() + 12);
+  sharing.counter = shared_load4(place.item() + 16), sharing.first_slot = shared_load4(place.item() + 20);
+  sharing.second_slot = shared_load4(place.item() + 24), sharing.slot_step = shared_load4(place.item() + 28);
+  return sharing;
 }
 
 // The first of a warpgroup's blocks of 64 channels.
@@ -288,382 +231,8 @@ SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, u32 
   barrier_arrive(free);
 }
 
-// --- results --------------------------------------------------------------------------------------
-
-// How results can be stored.
-constexpr int SIDE_BY_SIDE = 1, IN_BOXES = 2;  // 0: one by one
-
-struct Epilogue {
-  const float* token_scales;
-  const float* channel_scales;
-  const float* bias;
-  u8* out;
-  i64 out_stride;  // elements
-  const TensorMap* map;
-  int storing;
-};
-
-// Scales of a tile's tokens to this warp's own shared memory; a lane has every 32nd.
-SS_DEVICE void fetch_scales(u32 own_scales, const float* scales, int first, int tokens) {
-  constexpr int EACH = (TOKENS + 31) / 32;
-  const int lane = threadIdx.x & 31;
-  float held[EACH];
-#pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    const int token = first + 32 * i + lane;
-    held[i] = scales && token < tokens ? scales[token] : 1.0f;
-  }
-  __syncwarp();  // nobody reads those of the tile before any more
-#pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    if (TOKENS % 32 == 0 || 32 * i + lane < TOKENS) {
-      shared_store4(own_scales + (32 * i + lane) * 4, as_bits(held[i]));
-    }
-  }
-  __syncwarp();
-}
-
-// Scale and bias of the channels that a thread has.
-struct Channels {
-  float scale[2 * BLOCKS], offset[2 * BLOCKS];
-};
-
-SS_DEVICE Channels channels_of(const Epilogue& to, int channel, int left) {
-  Channels channels;
-#pragma unroll
-  for (int c = 0; c < 2 * BLOCKS; ++c) {
-    channels.scale[c] = to.channel_scales && c < left ? to.channel_scales[channel + c] : 1.0f;
-    channels.offset[c] = to.bias && c < left ? to.bias[channel + c] : -0.0f;
-  }
-  return channels;
-}
-
-// A thread's sums of tokens 8j + 2q and the next: its channels 2m + h of token e at 2h + e.
-struct Quads {
-  u32 of[BLOCKS][4];
-};
-
-SS_DEVICE Quads quads_of(const Sums& sums, int j) {
-  Quads quads;
-#pragma unroll
-  for (int i = 0; i < 4 * BLOCKS; ++i) quads.of[i / 4][i % 4] = sums.of[i / 4][4 * j + i % 4];
-  return quads;
-}
-
-// A thread's channels of one of these tokens, finished.
-struct Results {
-  float of[2 * BLOCKS];
-};
-
-SS_DEVICE Results finish(const Quads& quads, const Channels& channels, uint2 scales, int e) {
-  const float of_token = as_float(e ? scales.y : scales.x);
-  Results results;
-#pragma unroll
-  for (int m = 0; m < BLOCKS; ++m) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const u32 sum = quads.of[m][2 * h + e];
-      const float value = INTEGER ? from_int(static_cast<int>(sum)) : as_float(sum);
-      const int c = 2 * m + h;
-      results.of[c] = add(mul(mul(value, of_token), channels.scale[c]), channels.offset[c]);
-    }
-  }
-  return results;
-}
-
-constexpr int RESULT_WORDS = BLOCKS * OUT_BYTES / 2;
-struct Packed {
-  u32 word[RESULT_WORDS];
-};
-
-SS_DEVICE Packed pack_results(const Results& results) {
-  Packed packed;
-#pragma unroll
-  for (int c = 0; c < 2 * BLOCKS; c += 2) {
-    if constexpr (SS_OUT == SS_F32) {
-      packed.word[c] = as_bits(results.of[c]), packed.word[c + 1] = as_bits(results.of[c + 1]);
-    } else {
-      packed.word[c / 2] =
-          pack16<SS_OUT == SS_F16 ? SS_F16 : SS_BF16>(results.of[c], results.of[c + 1]);
-    }
-  }
-  return packed;
-}
-
-// Two tokens straight to memory, the first at `out`, of which `rest` are left.  VECTOR: all of a thread's
-// channels exist, and a token's can be stored at once; else `left` exist.
-template <bool VECTOR>
-SS_DEVICE void store_two(const Quads& quads, const Channels& channels, u32 scales, u8* out, i64 row_bytes,
-                         int left, int rest) {
-  const uint2 pair = shared_load8(scales);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const Packed packed = pack_results(finish(quads, channels, pair, e));
-    u8* const at = out + e * row_bytes;
-    if (e < rest) {
-      if constexpr (VECTOR) {
-        if constexpr (RESULT_WORDS == 4) {
-          store_result(at, make_uint4(packed.word[0], packed.word[1], packed.word[2], packed.word[3]));
-        } else if constexpr (RESULT_WORDS == 2) {
-          store_result(at, make_uint2(packed.word[0], packed.word[1]));
-        } else {
-          store_result(at, packed.word[0]);
-        }
-      } else {
-#pragma unroll
-        for (int c = 0; c < 2 * BLOCKS; ++c) {
-          if (c >= left) break;
-          if constexpr (SS_OUT == SS_F32) {
-            reinterpret_cast<u32*>(at)[c] = packed.word[c % RESULT_WORDS];
-          } else {
-            reinterpret_cast<u16*>(at)[c] = static_cast<u16>(packed.word[c / 2] >> (16 * (c & 1)));
-          }
-        }
-      }
-    }
-  }
-}
-
-template <bool VECTOR>
-SS_DEVICE void store_directly(const Sums& sums, const Channels& channels, u32 scales, int first,
-                              int channel, int left, const Shape& shape, const Epilogue& to) {
-  const i64 row_bytes = to.out_stride * OUT_BYTES;
-  u8* out = to.out + first * row_bytes + static_cast<i64>(channel) * OUT_BYTES;
-  int rest = shape.tokens - first;
-#pragma unroll
-  for (int j = 0; j < TOKENS / 8; ++j) {
-    store_two<VECTOR>(quads_of(sums, j), channels, scales + 32 * j, out, row_bytes, left, rest);
-    rest -= 8;
-    out += 8 * row_bytes;
-  }
-}
-
-// Through shared memory, by the copy engine, which leaves out what is beyond the result.  `buffers`: the
-// warp's own two; no other warp is waited for.
-SS_DEVICE void store_boxes(const Sums& sums, const Channels& channels, u32 scales, int first_channel,
-                           int first_token, u32 buffers, const Epilogue& to) {
-  const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
-  const int byte = 4 * g * OUT_BYTES;  // of the token's row in a box
-#pragma unroll
-  for (int chunk = 0; chunk < TOKENS / CHUNK; ++chunk) {
-    const u32 box = buffers + (chunk & 1) * BOX_BYTES;
-    // The store before the last has read the buffer that comes next; the tile before may have ended
-    // with either buffer.
-    if (lane == 0) {
-      if (chunk) {
-        stores_wait_read<1>();
-      } else {
-        stores_wait_read<0>();
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < CHUNK / 8; ++j) {
-      const int from = chunk * (CHUNK / 8) + j;
-      const uint2 pair = shared_load8(scales + 32 * from);
-      const Quads quads = quads_of(sums, from);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const Packed packed = pack_results(finish(quads, channels, pair, e));
-        const int row = 8 * j + 2 * q + e;
-        // The swizzle of the copy engine: over 64 bytes pairs of rows differ, over 128 each row.
-        const int swizzled = (byte >> 4) ^ (BOX_ROW == 64 ? row >> 1 & 3 : row & 7);
-        const u32 at = box + row * BOX_ROW + (swizzled << 4) + (byte & 15);
-        if constexpr (RESULT_WORDS == 4) {
-          shared_store16(at, packed.word[0], packed.word[1], packed.word[2], packed.word[3]);
-        } else {
-          shared_store8(at, packed.word[0], packed.word[1 % RESULT_WORDS]);
-        }
-      }
-    }
-    visible_to_copies();
-    __syncwarp();
-    if (lane == 0) {
-      store_box(to.map, first_channel, first_token + chunk * CHUNK, box);
-      stores_commit();
-    }
-  }
-}
-
-// The first of the 32 channels of which a warp has all, or every other pair.
-SS_DEVICE int first_channel_of(const Item& item, int group, int warp) {
-  return block_of(item, group) / 2 * 128 + 32 * warp;
-}
-// A thread's first channel from there on.
-SS_DEVICE int own_channel(const Item& item, int group) {
-  return 4 * (threadIdx.x >> 2 & 7) + 2 * (block_of(item, group) & 1);
-}
-
-// What a warp needs to know of a tile's results.
-struct Target {
-  int first_token, token;            // of the tile, of this thread
-  int first_channel, channel, left;  // of the warp, of this thread, and how many there are from there on
-  u32 scales, buffers;               // shared memory: scales of tokens from `token` on, room for results
-};
-
-SS_DEVICE Target target_of(const Item& item, int group, int warp, u32 own_scales, u32 own_buffers,
-                           const Shape& shape) {
-  const int lane = threadIdx.x & 31;
-  Target target;
-  target.first_token = item.token_tile * TOKENS, target.token = target.first_token + 2 * (lane & 3);
-  target.first_channel = first_channel_of(item, group, warp);
-  target.channel = target.first_channel + own_channel(item, group);
-  target.left = shape.channels - target.channel;
-  target.scales = own_scales + 8 * (lane & 3), target.buffers = own_buffers;
-  return target;
-}
-
-SS_DEVICE bool stores_vectors(const Target& target, const Epilogue& to) {
-  return to.storing >= SIDE_BY_SIDE && target.left >= 2 * BLOCKS;
-}
-
-SS_DEVICE void write_tile(const Sums& sums, const Channels& channels, const Target& target, const Shape& shape,
-                          const Epilogue& to) {
-  if (BOXES && to.storing == IN_BOXES) {
-    if (target.first_channel < shape.channels) {
-      store_boxes(sums, channels, target.scales, target.first_channel, target.first_token, target.buffers, to);
-    }
-  } else if (target.left > 0) {
-    if (stores_vectors(target, to)) {
-      store_directly<true>(sums, channels, target.scales, target.token, target.channel, target.left, shape, to);
-    } else {
-      store_directly<false>(sums, channels, target.scales, target.token, target.channel, target.left, shape, to);
-    }
-  }
-  __syncwarp();  // the warp goes on as one: products need it
-}
-
-// --- tiles that blocks share ----------------------------------------------------------------------
-
-// A tile is added up and written in slices of so many times eight tokens.
-constexpr int SLICE = K_GROUPS && TOKENS >= 32 ? 4 : 2, SLICES = TOKENS / (8 * SLICE);
-// Pieces of 16 bytes of sums that a thread writes, the warpgroups that do, and so the pieces of a part.
-constexpr int PIECES = BLOCKS * SUMS / 4;
-constexpr int WORKERS = K_GROUPS ? 1 : GROUPS;
-constexpr i64 OF_PART = static_cast<i64>(WORKERS) * PIECES * GROUP_THREADS;
-// How often a block looks whether the others have come, about 10 us.  It must not wait for ever: they may
-// get a multiprocessor only when this block leaves one.
-constexpr int PATIENCE = 32;
-
-// Where this thread's pieces of a part begin.
-SS_DEVICE uint4* part_of(uint4* partials, const Item& item, int part, int group, int thread) {
-  const int slot = part ? item.second_slot + (part - 1) * item.slot_step : item.first_slot;
-  return partials + slot * OF_PART + group * PIECES * GROUP_THREADS + thread;
-}
-
-SS_DEVICE void add_piece(u32* four, const uint4* piece) {
-  const uint4 part = load_shared_by_blocks(piece);
-  four[0] = plus(four[0], part.x), four[1] = plus(four[1], part.y);
-  four[2] = plus(four[2], part.z), four[3] = plus(four[3], part.w);
-}
-
-// One slice, added up in the order of K'.
-template <bool VECTOR>
-SS_DEVICE void write_slice(uint4* partials, const Item& item, int group, int thread, int slice,
-                           const Channels& channels, const Target& target, const Shape& shape,
-                           const Epilogue& to) {
-  Quads sums[SLICE] = {};
-#pragma unroll 4
-  for (int part = 0; part < item.parts; ++part) {
-    const uint4* const theirs = part_of(partials, item, part, group, thread);
-#pragma unroll
-    for (int i = 0; i < SLICE * BLOCKS; ++i) {
-      const int piece = i / SLICE * (PIECES / BLOCKS) + SLICE * slice + i % SLICE;
-      add_piece(sums[i % SLICE].of[i / SLICE], theirs + piece * GROUP_THREADS);
-    }
-  }
-  const i64 row_bytes = to.out_stride * OUT_BYTES;
-#pragma unroll
-  for (int j = 0; j < SLICE; ++j) {
-    const int column = SLICE * slice + j, token = target.token + 8 * column;
-    store_two<VECTOR>(sums[j], channels, target.scales + 32 * column,
-                      to.out + token * row_bytes + static_cast<i64>(target.channel) * OUT_BYTES, row_bytes,
-                      target.left, shape.tokens - token);
-  }
-}
-
-// Blocks that share a tile: each leaves its part of the sums in `partials` and counts itself.  All parts
-// there, the tile is dealt out in as many shares as there are blocks: to those that waited, and to the
-// last to come, who may find nobody else.  Who has more to do (`more`) does not wait.  Returns true
-// where `sums` has become the sum of two parts, to be written as a tile of one's own.
-//
-// `counters`: of the tile, how many came, how many shares are dealt out, how many left; all zero again
-// afterwards.
-SS_DEVICE bool share_tile(Sums& sums, const Channels& channels, const Item& item, const Target& target,
-                          bool more, int group, int thread, const Shape& shape, const Epilogue& to,
-                          uint4* partials, u32* counters, volatile u32* told) {
-  constexpr u32 ALL = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
-  const u32 parts = item.parts;
-  u32* const counts = counters + 3 * item.counter;
-  const bool speaker = group == 0 && thread == 0;
-  if (!K_GROUPS && item.part == 0 && parts == 2) {
-    // If the other is there already, as a rule where ranges are longer than tiles, nothing need be written.
-    if (speaker) *told = load_counter(counts);
-    named_barrier(PART_KNOWN, ALL);
-    const bool there = *told == 1;
-    if (there) {
-      const uint4* const theirs = part_of(partials, item, 1, group, thread);
-#pragma unroll
-      for (int i = 0; i < PIECES; ++i) add_piece(sums.of[4 * i / SUMS] + 4 * i % SUMS, theirs + i * GROUP_THREADS);
-    }
-    named_barrier(PART_WRITTEN, ALL);
-    if (there) {
-      if (speaker) {
-        // Nothing is left to be dealt out when the other, if it still waits, sees that all came.
-        atomic_next(counts + 1, NO_LIMIT), atomic_next(counts + 1, NO_LIMIT);
-        atomic_next(counts, NO_LIMIT);
-        if (atomic_next(counts + 2, 1) == 1) counts[0] = counts[1] = 0;
-      }
-      __syncwarp();
-      return true;
-    }
-  }
-  uint4* const own = part_of(partials, item, item.part, group, thread);
-#pragma unroll
-  for (int i = 0; i < PIECES; ++i) {
-    const u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
-    own[i * GROUP_THREADS] = make_uint4(four[0], four[1], four[2], four[3]);
-  }
-  named_barrier(PART_WRITTEN, ALL);
-  // Low tiles are not worth dealing out: they are one share, for the last to come.
-  const u32 shares = K_GROUPS ? 1 : parts;
-  u32 share = shares;  // none
-  if (speaker) {
-    // After everything that the barrier made this thread see, and before what it lets others do.
-    u32 come = atomic_next(counts, NO_LIMIT) + 1;
-    if constexpr (K_GROUPS) {
-      if (come == parts) share = 0;
-    } else {
-      for (int look = more ? PATIENCE : 0; come < parts && look < PATIENCE; ++look) come = load_counter(counts);
-      if (come == parts) share = atomic_next(counts + 1, NO_LIMIT);
-    }
-  }
-  const int each = (SLICES + static_cast<int>(shares) - 1) / static_cast<int>(shares);
-#pragma unroll 1
-  while (true) {
-    if (speaker) *told = share;
-    named_barrier(PART_KNOWN, ALL);
-    const u32 mine = *told;
-    if (mine >= shares) break;
-    if (speaker) share = K_GROUPS ? shares : atomic_next(counts + 1, NO_LIMIT);
-    const int first = static_cast<int>(mine) * each;
-#pragma unroll 1
-    for (int slice = first; slice < first + each && slice < SLICES; ++slice) {
-      if (stores_vectors(target, to)) {
-        write_slice<true>(partials, item, group, thread, slice, channels, target, shape, to);
-      } else if (target.left > 0) {
-        write_slice<false>(partials, item, group, thread, slice, channels, target, shape, to);
-      }
-    }
-    __syncwarp();  // a warp comes to a barrier as one
-    named_barrier(PART_WRITTEN, ALL);
-  }
-  // Nobody of this block reads parts any more.  The last to leave clears the counters, at once, so that
-  // launches that should not have met leave no trace.
-  if (speaker && atomic_next(counts + 2, parts - 1) == parts - 1) counts[0] = counts[1] = 0;
-  __syncwarp();
-  return false;
-}
+#include "hopper_results.cuh"
+#include "hopper_share.cuh"
 
 // --- the kernel -----------------------------------------------------------------------------------
 
@@ -703,18 +272,24 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const Epilogue to{token_scales, channel_scales, bias, out, out_stride, &out_map, storing};
   const u32 turn = K_GROUPS ? group : 0;
   const u32 own_units = TOKEN_BYTES + (K_GROUPS ? 0 : group * BLOCKS * UNIT);
-  const u32 own_scales = stages + SCALES + of_all * (TOKENS * 4);
-  const u32 own_buffers = stages + RESULTS + of_all * (2 * BOX_BYTES);
+  const Place place{group, warp, stages};
+  const Meeting meeting{partials, counters, told};
   u32 position = 0;  // stages of all former items
   Sums sums;
   // Fetched one product ahead; products in flight read theirs.
   u32 metadata[4];
   static_assert(IN_FLIGHT + 2 <= 4, "a product's metadata must not be overwritten");
 
-  const int items = items_of(shape);
+  // Where tiles are high and not shared, there is no register for it.
+  const int items = SPLITS ? items_of(shape) : 0;
+  int number = 0;
 #pragma unroll 1
-  for (int number = 0; number < items; ++number) {
-    const int of_item = item_of(number, shape).count;
+  while (true) {
+    const bool more = SPLITS ? number + 1 < items
+                             : static_cast<int>(blockIdx.x + (number + 1) * gridDim.x) < weight_tiles * token_tiles;
+    const Item now = item_of(number, shape);
+    const int of_item = now.count;
+    keep_item(place, now);
     const int count = (of_item - static_cast<int>(turn) + TURNS - 1) / TURNS;
     // Rather than telling the first products to ignore what the registers hold: older compilers (CUDA
     // 12.8) then see registers of a product in flight defined, and serialise all products.
@@ -754,27 +329,29 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       }
       at = at_next;
     }
-    // Worked out again, so that it occupies no registers in the loop above.
-    const Item item = item_of(opaque(number), shape);
-    const Target target = target_of(item, group, warp, own_scales, own_buffers, shape);
     // What comes from far away, while the last products run.
-    fetch_scales(own_scales, token_scales, target.first_token, tokens);
+    fetch_scales(place.scales(), token_scales, kept_item(place).token_tile * TOKENS, tokens);
     Channels held;
-    if constexpr (EARLY) held = channels_of(to, target.channel, target.left);
+    if constexpr (EARLY) {
+      const Target target = target_of(kept_item(place), place, shape);
+      held = channels_of(to, target.channel, target.left);
+    }
     products_wait<0>();
     release_stage(empty + 8 * before);
     position += 2 * of_item;
 
     if constexpr (K_GROUPS) gather_groups(sums, group, thread, stages + GATHER, gather_free, number);
     if (!K_GROUPS || group == 0) {
-      if constexpr (!EARLY) held = channels_of(to, target.channel, target.left);
-      bool mine = true;
-      if (SPLITS && item.parts > 1) {
-        mine = share_tile(sums, held, item, target, number + 1 < items, K_GROUPS ? 0 : group, thread, shape,
-                          to, partials, counters, told);
+      if (!is_shared(place) || add_second(sums, place, thread, meeting)) {
+        const Target target = target_of(kept_item(place), place, shape);
+        if constexpr (!EARLY) held = channels_of(to, target.channel, target.left);
+        write_tile(sums, held, target, shape, to);
+      } else {
+        share_tile(sums, more, place, thread, shape, to, meeting);
       }
-      if (mine) write_tile(sums, held, target, shape, to);
     }
+    if (!more) break;
+    ++number;
   }
   // Shared memory must outlive the stores that read it.
   if (BOXES && (thread & 31) == 0) stores_wait_read<0>();

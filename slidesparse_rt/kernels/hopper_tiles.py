@@ -30,6 +30,8 @@ GROUP_THREADS = 128
 #: Shared memory that stages start at a multiple of.
 _STAGE_ALIGNMENT = 1024
 _MOST_STAGES = 16
+#: Shared memory in which a warp keeps what it works on.
+_ITEM_BYTES = 32
 #: Tokens of tiles where there are few, up to so many.
 _LOW_TILES = (16, 32, 64, 128)
 _HIGH_TILES = (128, 160, 192, 208)
@@ -42,7 +44,9 @@ _LEAST_STEPS = 2
 #: budget") and of sums that blocks write and read; clocks around each tile and around each part.
 _INGRESS, _WRITTEN, _READ, _TILE_CLOCKS, _PART_CLOCKS = 64, 32, 64, 3000, 10000
 #: Rounds of whole tiles up to which the last one matters.
-_MOST_ROUNDS = 12
+_MOST_ROUNDS = 14
+#: Highest tile of tokens that blocks share: the next leaves no registers for it.
+_MOST_SHARED = 192
 #: What must be left of the time that the last tiles take, for sharing them to be worth a try.
 _WORTHWHILE = 0.85
 #: Part of all multiprocessors that equal ranges must give work, for the same.
@@ -108,11 +112,12 @@ class HopperConfig:
 
     @property
     def extra_bytes(self) -> int:
-        """Shared memory beside the stages: results, token scales, sums, barriers."""
+        """Shared memory beside the stages: results, token scales, items, sums, barriers."""
         # Two buffers a warp, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
         results = self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
         barriers = _MOST_STAGES * 16 + 16
-        return results + self.groups * 4 * self.tokens * 4 + self.gather_bytes + barriers
+        of_warps = self.groups * 4 * (self.tokens * 4 + _ITEM_BYTES)
+        return results + of_warps + self.gather_bytes + barriers
 
     @property
     def stages(self) -> int:
@@ -299,6 +304,8 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     else:
         found = [HopperConfig(width, 2) for width in _HIGH_TILES]
     for config in tuple(found):
+        if config.tokens > _MOST_SHARED:
+            continue
         cut = tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count)
         if cut.splits > 1 and cut.whole <= _MOST_ROUNDS * sm_count:
             found.append(replace(config, split=True))

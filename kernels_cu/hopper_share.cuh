@@ -1,0 +1,150 @@
+// Tiles that blocks of hopper_gemm.cu share, each with a part of K': how their sums meet.
+#pragma once
+
+#include "hopper_results.cuh"
+
+// A tile is added up and written in slices of so many times eight tokens.
+constexpr int SLICE = K_GROUPS && TOKENS >= 32 ? 4 : 2, SLICES = TOKENS / (8 * SLICE);
+// Pieces of 16 bytes of sums that a thread writes, the warpgroups that do, and so the pieces of a part.
+constexpr int PIECES = BLOCKS * SUMS / 4;
+constexpr int WORKERS = K_GROUPS ? 1 : GROUPS;
+constexpr i64 OF_PART = static_cast<i64>(WORKERS) * PIECES * GROUP_THREADS;
+// How often a block looks whether the others have come, about 10 us.  It must not wait for ever: they may
+// get a multiprocessor only when this block leaves one.
+constexpr int PATIENCE = 32;
+
+// Where this thread's pieces of a part begin.
+SS_DEVICE uint4* part_of(uint4* partials, const Sharing& sharing, int part, int group, int thread) {
+  const int slot = part ? sharing.second_slot + (part - 1) * sharing.slot_step : sharing.first_slot;
+  return partials + slot * OF_PART + group * PIECES * GROUP_THREADS + thread;
+}
+
+SS_DEVICE void add_piece(u32* four, const uint4* piece) {
+  const uint4 part = load_shared_by_blocks(piece);
+  four[0] = plus(four[0], part.x), four[1] = plus(four[1], part.y);
+  four[2] = plus(four[2], part.z), four[3] = plus(four[3], part.w);
+}
+
+// One slice, added up in the order of K'.
+template <bool VECTOR>
+SS_DEVICE void write_slice(uint4* partials, const Sharing& sharing, int group, int thread, int slice,
+                           const Channels& channels, const Target& target, const Shape& shape,
+                           const Epilogue& to) {
+  Quads sums[SLICE] = {};
+#pragma unroll 4
+  for (int part = 0; part < sharing.parts; ++part) {
+    const uint4* const theirs = part_of(partials, sharing, part, group, thread);
+#pragma unroll
+    for (int i = 0; i < SLICE * BLOCKS; ++i) {
+      const int piece = i / SLICE * (PIECES / BLOCKS) + SLICE * slice + i % SLICE;
+      add_piece(sums[i % SLICE].of[i / SLICE], theirs + piece * GROUP_THREADS);
+    }
+  }
+  const i64 row_bytes = to.out_stride * OUT_BYTES;
+#pragma unroll
+  for (int j = 0; j < SLICE; ++j) {
+    const int column = SLICE * slice + j, token = target.token + 8 * column;
+    store_two<VECTOR>(sums[j], channels, target.scales + 32 * column,
+                      to.out + token * row_bytes + static_cast<i64>(target.channel) * OUT_BYTES, row_bytes,
+                      target.left, shape.tokens - token);
+  }
+}
+
+// What blocks share tiles through: room for parts, counters of tiles, a word of shared memory by which
+// one thread tells the block's others.
+struct Meeting {
+  uint4* partials;
+  u32* counters;
+  volatile u32* told;
+};
+
+// Where two blocks share a tile and the second has left its part already, as a rule where ranges are longer
+// than tiles: `sums` becomes the sum of both, and nothing need be written.  Returns whether it is so.
+SS_DEVICE bool add_second(Sums& sums, const Place& place, int thread, const Meeting& meeting) {
+  constexpr u32 ALL = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
+  const Sharing sharing = kept_sharing(place);
+  if (K_GROUPS || sharing.part != 0 || sharing.parts != 2) return false;
+  u32* const counts = meeting.counters + 3 * sharing.counter;
+  const bool speaker = place.group == 0 && thread == 0;
+  if (speaker) *meeting.told = load_counter(counts);
+  named_barrier(PART_KNOWN, ALL);
+  const bool there = *meeting.told == 1;
+  if (there) {
+    const uint4* const theirs = part_of(meeting.partials, sharing, 1, place.group, thread);
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) add_piece(sums.of[4 * i / SUMS] + 4 * i % SUMS, theirs + i * GROUP_THREADS);
+  }
+  named_barrier(PART_WRITTEN, ALL);
+  if (there && speaker) {
+    // Nothing is left to be dealt out when the other, if it still waits, sees that all came.
+    atomic_next(counts + 1, NO_LIMIT), atomic_next(counts + 1, NO_LIMIT);
+    atomic_next(counts, NO_LIMIT);
+    if (atomic_next(counts + 2, 1) == 1) counts[0] = counts[1] = 0;
+  }
+  __syncwarp();
+  return there;
+}
+
+// Blocks that share a tile, the kept item: each leaves its part of the sums in `partials` and counts itself.  All parts there, the tile is dealt out in as many shares as there are blocks: to those
+// that waited, and to the last to come, who may find nobody else.  Who has more to do (`more`) does not
+// wait.
+//
+// Counters of a tile: how many came, how many shares are dealt out, how many left; all zero again
+// afterwards.
+SS_DEVICE void share_tile(const Sums& sums, bool more, const Place& place, int thread, const Shape& shape,
+                          const Epilogue& to, const Meeting& meeting) {
+  constexpr u32 ALL = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
+  const bool speaker = place.group == 0 && thread == 0;
+  {
+    const Sharing sharing = kept_sharing(place);
+    uint4* const own = part_of(meeting.partials, sharing, sharing.part, place.group, thread);
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      const u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
+      own[i * GROUP_THREADS] = make_uint4(four[0], four[1], four[2], four[3]);
+    }
+    named_barrier(PART_WRITTEN, ALL);
+  }
+  const Sharing sharing = kept_sharing(place);
+  u32* const counts = meeting.counters + 3 * sharing.counter;
+  const u32 parts = sharing.parts;
+  // Low tiles are not worth dealing out: they are one share, for the last to come.
+  const u32 shares = K_GROUPS ? 1 : parts;
+  u32 share = shares;  // none
+  if (speaker) {
+    // After everything that the barrier made this thread see, and before what it lets others do.
+    u32 come = atomic_next(counts, NO_LIMIT) + 1;
+    if constexpr (K_GROUPS) {
+      if (come == parts) share = 0;
+    } else {
+      for (int look = more ? PATIENCE : 0; come < parts && look < PATIENCE; ++look) come = load_counter(counts);
+      if (come == parts) share = atomic_next(counts + 1, NO_LIMIT);
+    }
+  }
+  const Target target = target_of(kept_item(place), place, shape);
+  const Channels channels = channels_of(to, target.channel, target.left);
+  const int each = (SLICES + static_cast<int>(shares) - 1) / static_cast<int>(shares);
+#pragma unroll 1
+  while (true) {
+    if (speaker) *meeting.told = share;
+    named_barrier(PART_KNOWN, ALL);
+    const u32 mine = *meeting.told;
+    if (mine >= shares) break;
+    if (speaker) share = K_GROUPS ? shares : atomic_next(counts + 1, NO_LIMIT);
+    const int first = static_cast<int>(mine) * each;
+#pragma unroll 1
+    for (int slice = first; slice < first + each && slice < SLICES; ++slice) {
+      if (stores_vectors(target, to)) {
+        write_slice<true>(meeting.partials, sharing, place.group, thread, slice, channels, target, shape, to);
+      } else if (target.left > 0) {
+        write_slice<false>(meeting.partials, sharing, place.group, thread, slice, channels, target, shape, to);
+      }
+    }
+    __syncwarp();  // a warp comes to a barrier as one
+    named_barrier(PART_WRITTEN, ALL);
+  }
+  // Nobody of this block reads parts any more.  The last to leave clears the counters, at once, so that
+  // launches that should not have met leave no trace.
+  if (speaker && atomic_next(counts + 2, parts - 1) == parts - 1) counts[0] = counts[1] = 0;
+  __syncwarp();
+}
