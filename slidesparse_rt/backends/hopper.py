@@ -6,7 +6,8 @@ any address and stride.  int8 is exact; the other formats are summed in float32 
 round.  docs/hopper-kernel.md describes the kernel.
 
 There are several ways to cut a product into tiles.  The first time that a token bucket is met the
-promising ones are timed, and the fastest is kept for the device.
+promising ones are timed, and the times are kept for the device: from them follows which is fastest
+for each number of tokens of the bucket.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
 from ..kernels.hopper import HopperGemm, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
-from ..kernels.hopper_tiles import HopperConfig, configurations
+from ..kernels.hopper_tiles import HopperConfig, clocks, configurations
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
@@ -27,7 +28,7 @@ from .gpu_device import Buffer, GpuDevice
 from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
-from .timing import fastest
+from .timing import medians
 
 __all__ = ["HopperBackend"]
 
@@ -37,7 +38,10 @@ _CAPABILITY = (9, 0)
 #: but reads two lines then for the 128 bytes that a stage has of a token.
 _ROW_MULTIPLE = 128
 #: Buckets up to here find their weights out of the cache, as the next layer of a model would.
+#: Reading those is what takes time then, at any number of tokens of the bucket.
 _COLD_TOKENS = 512
+#: Configurations and their milliseconds.
+_Times = tuple[tuple[HopperConfig, float], ...]
 
 
 class _Product(Product):
@@ -137,8 +141,7 @@ class HopperPrepared(GpuPrepared):
 
     def make_product(self, tokens: int, direct: ArrayType | None, stream: int) -> _Product:
         assert direct is not None  # can_write() never says no
-        bucket = token_bucket(tokens)
-        return _Product(self, self._gemm(tokens, direct, self._config(bucket, direct, stream)))
+        return _Product(self, self._gemm(tokens, direct, self._config(tokens, direct, stream)))
 
     def release(self) -> None:
         self.packed.close()
@@ -158,8 +161,13 @@ class HopperPrepared(GpuPrepared):
             readable=tokens + config.tokens - 1,
         )
 
-    def _config(self, bucket: int, kind: ArrayType, stream: int) -> HopperConfig:
-        """The fastest configuration for ``bucket`` tokens; timed once a device and shape."""
+    def _config(self, tokens: int, kind: ArrayType, stream: int) -> HopperConfig:
+        """The fastest configuration; those of a bucket are timed once a device and shape.
+
+        What was measured for the bucket is scaled by what tiles tell: a round of them that hardly
+        any multiprocessor takes part in costs as much as a full one.
+        """
+        bucket = token_bucket(tokens)
         key = (
             "hopper",
             self.weight.n,
@@ -175,18 +183,29 @@ class HopperPrepared(GpuPrepared):
                     found = self.device.choices[key] = self._timed(bucket, kind, stream)
                 except DeviceMemoryError:
                     # Timing takes operands for the whole bucket; the run itself may still fit.
-                    found = self._promising(bucket)[0]
-        config: HopperConfig = found
-        return config
+                    return self._promising(bucket)[0]
+        times: _Times = found
+
+        def expected(timed: tuple[HopperConfig, float]) -> float:
+            config, milliseconds = timed
+            if bucket <= _COLD_TOKENS:
+                return milliseconds
+            shape, sm_count = (self.weight.n, self._slid_bytes), self.device.sm_count
+            part = clocks(config, *shape, tokens, sm_count) / clocks(
+                config, *shape, bucket, sm_count
+            )
+            return milliseconds * part
+
+        return min(times, key=expected)[0]
 
     def _promising(self, bucket: int) -> list[HopperConfig]:
         return configurations(self.weight.n, self._slid_bytes, bucket, self.device.sm_count)
 
-    def _timed(self, bucket: int, kind: ArrayType, stream: int) -> HopperConfig:
+    def _timed(self, bucket: int, kind: ArrayType, stream: int) -> _Times:
         device, operand, n = self.device, self.weight.operand, self.weight.n
         promising = self._promising(bucket)
         if len(promising) == 1:
-            return promising[0]
+            return ((promising[0], 1.0),)
         products = [_Product(self, self._gemm(bucket, kind, config)) for config in promising]
         rows = max(product.rows_read for product in products)
         counted = max(1, *(product.counters for product in products))
@@ -216,7 +235,8 @@ class HopperPrepared(GpuPrepared):
             def flush() -> None:
                 device.clear(flushed.pointer, flushed.nbytes, stream)
 
-            return promising[fastest(runs, stream, before=flush if cold else None)]
+            times = medians(runs, stream, before=flush if cold else None)
+            return tuple((promising[index], found) for index, found in times.items())
 
 
 class HopperBackend(GpuBackend):

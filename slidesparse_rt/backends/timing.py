@@ -11,7 +11,7 @@ from typing import Any
 from ..device_arrays import cupy_stream
 from ..errors import LibraryError
 
-__all__ = ["captured", "fastest"]
+__all__ = ["captured", "fastest", "medians"]
 
 
 def captured(stream: Any, work: Callable[[], None]) -> Any:
@@ -30,17 +30,23 @@ def captured(stream: Any, work: Callable[[], None]) -> Any:
     return graph
 
 
-def fastest(
+def fastest(runs: Sequence[Callable[[], None]], stream: int) -> int:
+    """Index of the launch with the lowest of :func:`medians`."""
+    times = medians(runs, stream)
+    return min(times, key=lambda index: times[index])
+
+
+def medians(
     runs: Sequence[Callable[[], None]],
     stream: int,
     *,
     rounds: int = 5,
     before: Callable[[], None] | None = None,
-) -> int:
-    """Index of the launch with the lowest median time over shuffled rounds.
+) -> dict[int, float]:
+    """Median milliseconds of launches over shuffled rounds, by index.
 
-    A launch that the library refuses is out.  ``before`` is called ahead of each and not timed.
-    Raises LibraryError if all are refused.
+    A launch that the library refuses is left out.  ``before`` is called ahead of each and not
+    timed.  Raises LibraryError if all are refused.
     """
     import cupy
 
@@ -72,4 +78,4 @@ def fastest(
     external.synchronize()
     for index, begin, end in pairs:
         times[index].append(cupy.cuda.get_elapsed_time(begin, end))
-    return min(times, key=lambda index: statistics.median(times[index]))
+    return {index: statistics.median(found) for index, found in times.items()}

@@ -15,6 +15,7 @@ __all__ = [
     "MOST_SPLITS",
     "HopperConfig",
     "Tiling",
+    "clocks",
     "configurations",
     "tiling",
 ]
@@ -258,18 +259,13 @@ def _ranges(weight_tiles: int, token_tiles: int, steps: int, sm_count: int) -> i
 
 def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
     """By how many blocks each tile is shared best, where ``tiles`` are left over; 1: by none."""
-    reads = config.rows // 64 * 2 * (config.tokens // 2 + 16)
-    loads = (config.rows * 80 + config.tokens * STAGE_BYTES) // _INGRESS
-    of_tile = 2 * steps * max(reads, loads)
-    part_bytes = config.rows * config.tokens * 4
+    of_tile = _tile_clocks(config, steps)
 
-    def clocks(splits: int) -> float:
+    def of_round(splits: int) -> float:
         if splits == 1:
             return of_tile + _TILE_CLOCKS
-        # Each block writes a part, and reads as much: an equal share of all parts of its tile.
         rounds = -(-tiles * splits // sm_count)
-        added = part_bytes / _WRITTEN + part_bytes / _READ
-        return rounds * (of_tile / splits + added + _PART_CLOCKS)
+        return rounds * (of_tile / splits + _part_clocks(config))
 
     able = [
         splits
@@ -277,7 +273,39 @@ def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
         if steps // splits >= max(config.turns, _LEAST_STEPS)
         and _left(tiles, splits, sm_count) <= _WORTHWHILE
     ]
-    return min([1, *able], key=clocks)
+    return min([1, *able], key=of_round)
+
+
+def _tile_clocks(config: HopperConfig, steps: int) -> int:
+    """Clocks of a tile's products: of shared memory or of L2, whichever takes longer."""
+    reads = config.rows // 64 * 2 * (config.tokens // 2 + 16)
+    loads = (config.rows * 80 + config.tokens * STAGE_BYTES) // _INGRESS
+    return 2 * steps * max(reads, loads)
+
+
+def _part_clocks(config: HopperConfig) -> float:
+    """Clocks for sums of blocks that share a tile to meet.
+
+    Each writes a part, and reads as much: an equal share of all parts of its tile.
+    """
+    part_bytes = config.rows * config.tokens * 4
+    return part_bytes / _WRITTEN + part_bytes / _READ + _PART_CLOCKS
+
+
+def clocks(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count: int) -> float:
+    """Clocks that a product takes where nothing else limits it; for comparing numbers of tokens.
+
+    The arguments are those of :func:`tiling`.
+    """
+    cut = tiling(config, n, slid_bytes, tokens, sm_count)
+    of_tile = _tile_clocks(config, slid_bytes // STEP_BYTES)
+    if cut.ranges:
+        return of_tile * cut.weight_tiles / cut.ranges + 2 * _part_clocks(config)
+    whole = -(-cut.whole // sm_count) * (of_tile + _TILE_CLOCKS)
+    if not cut.shared:
+        return float(whole)
+    rounds = -(-cut.shared * cut.splits // sm_count)
+    return whole + rounds * (of_tile / cut.splits + _part_clocks(config))
 
 
 def _left(tiles: int, splits: int, sm_count: int) -> float:
