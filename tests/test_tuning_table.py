@@ -109,6 +109,13 @@ def test_a_form_is_held_for_what_lies_between_buckets() -> None:
     assert without.backends == ("hopper", "cusparselt")
 
 
+def test_backends_that_are_equal_at_a_bucket_part_behind_it() -> None:
+    table = Table({256: {"hopper": 2.0, "dense": 2.0}, 512: {"hopper": 4.0, "dense": 3.0}})
+    assert table.dispatch() == Dispatch((0,), ("dense",))
+    table = Table({1: {"hopper": 1.0, "dense": 2.0}, **table.times})
+    assert table.dispatch() == Dispatch((0, 257), ("hopper", "dense"))
+
+
 # ------------------------------------------------------------------------------------- any times
 
 
@@ -212,9 +219,11 @@ def test_older_times_fill_the_gaps() -> None:
     assert other.merged(older) is other
 
 
-def test_the_buckets_are_those_that_backends_choose_algorithms_for() -> None:
+def test_the_buckets_are_those_that_backends_choose_algorithms_for_and_some_between() -> None:
     assert BUCKETS[0] == 1
-    assert {token_bucket(tokens) for tokens in range(1, 20_000)} == set(BUCKETS[1:])
+    chosen_for = sorted({token_bucket(tokens) for tokens in range(1, 20_000)})
+    between = [3 * tokens // 2 for tokens in chosen_for if 256 <= tokens < 16_384]
+    assert sorted(BUCKETS[1:]) == list(BUCKETS[1:]) == sorted(chosen_for + between)
     assert buckets_up_to(64) == (1, 16, 32, 64)
     for most in (0, 2, 100, 32768, True, "16"):
         with pytest.raises(OptionError, match="allowed are 1, 16, 32"):
@@ -229,4 +238,4 @@ def test_a_cut_measurement_is_spread_over_all_tokens(buckets: list[int]) -> None
 
 
 def test_the_order_of_all_buckets() -> None:
-    assert coarse_first(BUCKETS)[:5] == [1, 16384, 128, 2048, 32]
+    assert coarse_first(BUCKETS)[:5] == [1, 16384, 128, 768, 3072]

@@ -16,9 +16,13 @@ from ..errors import OptionError
 
 __all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
-#: Numbers of tokens that are measured: those for which backends choose their algorithms, and one
-#: token, which decoding has.
-BUCKETS = (1, *(1 << power for power in range(4, 15)))
+#: Numbers of tokens that are measured: those for which backends choose their algorithms, one token,
+#: which decoding has, and from 256 on one between each two, for tiles are whole and times no
+#: straight lines.
+BUCKETS = (
+    *(1, 16, 32, 64, 128, 256, 384, 512, 768, 1024),
+    *(1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384),
+)
 #: The backend that uses no zeros.
 DENSE = "dense"
 #: Bytes of a dense weight from which on its model is too large for the level-2 cache: a few dozen
@@ -225,7 +229,7 @@ class Table:
             below, above = self.times[low], self.times[high]
             for one, other in combinations(names, 2):
                 before, after = below[one] - below[other], above[one] - above[other]
-                if before * after < 0:
+                if before * after < 0 or (before == 0) != (after == 0):  # or equal at one end
                     crossing = low + int((high - low) * (before / (before - after)))
                     found.update(
                         point for point in range(crossing - 1, crossing + 3) if low < point < high
