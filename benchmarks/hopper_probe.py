@@ -32,7 +32,7 @@ from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels.hopper import HopperGemm, pack_weights
 from slidesparse_rt.kernels.hopper_layout import (
     PANEL_ROWS,
-    STAGE_BYTES,
+    ROW_MULTIPLE,
     STEP_BYTES,
     packed_bytes,
 )
@@ -78,7 +78,7 @@ class Hopper:
                 gpu.synchronize()
             weight.drop_values()
             # Whole lines of L2, as in a plan.
-            row_length = -(-pattern.slid_k(layer.k) * size // STAGE_BYTES) * STAGE_BYTES // size
+            row_length = -(-pattern.slid_k(layer.k) * size // ROW_MULTIPLE) * ROW_MULTIPLE // size
             q = gpu.allocate((tokens + _MORE_ROWS) * row_length * size)
             scales, y = gpu.allocate(tokens * 4), gpu.allocate(tokens * layer.n * 2)
             x = gpu.random(tokens * layer.k * 2, BF16)

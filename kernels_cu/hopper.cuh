@@ -44,8 +44,9 @@ SS_DEVICE void barrier_wait(u32 barrier, u32 parity) {
       : "r"(barrier), "r"(parity)
       : "memory");
 }
-// Barrier `name` (1 to 15) among `threads` threads of the block.
+// Barrier `name` (1 to 15) among `threads` threads of the block; a warp comes to it as one.
 SS_DEVICE void named_barrier(u32 name, u32 threads) {
+  __syncwarp();
   asm volatile("bar.sync %0, %1;" : : "r"(name), "r"(threads) : "memory");
 }
 

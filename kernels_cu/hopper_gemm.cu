@@ -18,8 +18,8 @@
 // SS_KGROUPS: the warpgroups have the same channels and take turns at steps of 256 bytes of K'; their
 // sums meet in shared memory.  SS_SPLITS: blocks may share tiles, each with a part of K': those tiles that
 // would not fill all multiprocessors, or wherever equal parts of all K' begin and end.  Their sums meet in
-// `partials`, where those blocks that are there when the last has come add them up, in the order of K':
-// repeated runs give the same bits.
+// `partials`, where those blocks that are there when the last has come add them up (hopper_share.cuh), in
+// the order of K': repeated runs give the same bits.
 //
 // Its parts in headers: hopper_schedule.cuh, which tiles a block works on; hopper_results.cuh, from sums to
 // results; hopper_share.cuh, tiles that blocks share.
@@ -62,7 +62,7 @@ constexpr int BOX_ROW = 32 * OUT_BYTES;
 constexpr int BOX_BYTES = CHUNK * BOX_ROW;
 
 // Shared memory: stages, result buffers, scales of tokens and the item for each warp, sums of warpgroups,
-// barriers, which share of a tile this block has.  kernels/hopper_tiles.py adds up the same.
+// barriers, two words that all threads are told.  kernels/hopper_tiles.py adds up the same.
 constexpr int RESULTS = STAGES * STAGE_BYTES;
 constexpr int SCALES = RESULTS + (BOXES ? GROUPS * 4 * 2 * BOX_BYTES : 0);
 constexpr int ITEMS = SCALES + GROUPS * 4 * TOKENS * 4;
@@ -246,7 +246,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const u32 stages = shared_address(shared);
   const u32 full = stages + BARRIERS, empty = full + 8 * STAGES;
   const u32 gather_free = empty + 8 * STAGES;
-  u32* const told = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES + 8);
+  u32* const broadcast = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES + 8);
   const Shape shape{tokens,      channels,   steps, panels, weight_tiles,
                     token_tiles, tile_group, whole, splits, ranges};
   if (threadIdx.x == 0) {
@@ -273,7 +273,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const u32 turn = K_GROUPS ? group : 0;
   const u32 own_units = TOKEN_BYTES + (K_GROUPS ? 0 : group * BLOCKS * UNIT);
   const Place place{group, warp, stages};
-  const Meeting meeting{partials, counters, told};
+  const Meeting meeting{partials, counters, broadcast};
   u32 position = 0;  // stages of all former items
   Sums sums;
   // Fetched one product ahead; products in flight read theirs.

@@ -3,6 +3,9 @@
 
 #include "primitives.cuh"
 
+// How many came, how many portions are dealt out, how many left (hopper_share.cuh).
+constexpr int COUNTERS_A_TILE = 3;
+
 struct Shape {
   int tokens, channels, steps, panels;
   int weight_tiles, token_tiles, group;

@@ -3,8 +3,9 @@
 
 #include "hopper_results.cuh"
 
-// A tile is added up and written in slices of so many times eight tokens.
-constexpr int SLICE = K_GROUPS && TOKENS >= 32 ? 4 : 2, SLICES = TOKENS / (8 * SLICE);
+// A tile is added up and written in slices of so many times eight tokens, as many as there are registers for.
+constexpr int SLICE = K_GROUPS && GROUPS == 2 && TOKENS >= 32 ? 4 : 2, SLICES = TOKENS / (8 * SLICE);
+static_assert(TOKENS % (8 * SLICE) == 0, "a tile must be whole slices");
 // Pieces of 16 bytes of sums that a thread writes, the warpgroups that do, and so the pieces of a part.
 constexpr int PIECES = BLOCKS * SUMS / 4;
 constexpr int WORKERS = K_GROUPS ? 1 : GROUPS;
@@ -25,20 +26,32 @@ SS_DEVICE void add_piece(u32* four, const uint4* piece) {
   four[2] = plus(four[2], part.z), four[3] = plus(four[3], part.w);
 }
 
+// A part of one slice: what the sum begins with, or what is added to it.
+template <bool FIRST>
+SS_DEVICE void add_part(Quads (&sums)[SLICE], const uint4* parts, int slice) {
+#pragma unroll
+  for (int i = 0; i < SLICE * BLOCKS; ++i) {
+    const int piece = i / SLICE * (PIECES / BLOCKS) + SLICE * slice + i % SLICE;
+    u32* const four = sums[i % SLICE].of[i / SLICE];
+    if constexpr (FIRST) {
+      const uint4 part = load_shared_by_blocks(parts + piece * GROUP_THREADS);
+      four[0] = part.x, four[1] = part.y, four[2] = part.z, four[3] = part.w;
+    } else {
+      add_piece(four, parts + piece * GROUP_THREADS);
+    }
+  }
+}
+
 // One slice, added up in the order of K'.
 template <bool VECTOR>
 SS_DEVICE void write_slice(uint4* partials, const Sharing& sharing, int group, int thread, int slice,
                            const Channels& channels, const Target& target, const Shape& shape,
                            const Epilogue& to) {
-  Quads sums[SLICE] = {};
+  Quads sums[SLICE];
+  add_part<true>(sums, part_of(partials, sharing, 0, group, thread), slice);
 #pragma unroll 4
-  for (int part = 0; part < sharing.parts; ++part) {
-    const uint4* const theirs = part_of(partials, sharing, part, group, thread);
-#pragma unroll
-    for (int i = 0; i < SLICE * BLOCKS; ++i) {
-      const int piece = i / SLICE * (PIECES / BLOCKS) + SLICE * slice + i % SLICE;
-      add_piece(sums[i % SLICE].of[i / SLICE], theirs + piece * GROUP_THREADS);
-    }
+  for (int part = 1; part < sharing.parts; ++part) {
+    add_part<false>(sums, part_of(partials, sharing, part, group, thread), slice);
   }
   const i64 row_bytes = to.out_stride * OUT_BYTES;
 #pragma unroll
@@ -50,33 +63,37 @@ SS_DEVICE void write_slice(uint4* partials, const Sharing& sharing, int group, i
   }
 }
 
-// What blocks share tiles through: room for parts, counters of tiles, a word of shared memory by which
-// one thread tells the block's others.
+// What blocks share tiles through: room for parts, counters of tiles, and two words of shared memory in
+// which one thread of a block tells something to the others.
 struct Meeting {
   uint4* partials;
   u32* counters;
-  volatile u32* told;
+  volatile u32* broadcast;
+  SS_DEVICE u32* counters_of(const Sharing& sharing) const { return counters + COUNTERS_A_TILE * sharing.counter; }
 };
+// Each word has its user: threads may still read the one while the other is written.
+constexpr int OF_PORTIONS = 0, OF_SECOND = 1;
+
+constexpr u32 SHARERS = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
 
 // Where two blocks share a tile and the second has left its part already, as a rule where ranges are longer
 // than tiles: `sums` becomes the sum of both, and nothing need be written.  Returns whether it is so.
 SS_DEVICE bool add_second(Sums& sums, const Place& place, int thread, const Meeting& meeting) {
-  constexpr u32 ALL = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
   const Sharing sharing = kept_sharing(place);
   if (K_GROUPS || sharing.part != 0 || sharing.parts != 2) return false;
-  u32* const counts = meeting.counters + 3 * sharing.counter;
+  u32* const counts = meeting.counters_of(sharing);
   const bool speaker = place.group == 0 && thread == 0;
-  if (speaker) *meeting.told = load_counter(counts);
-  named_barrier(PART_KNOWN, ALL);
-  const bool there = *meeting.told == 1;
+  if (speaker) meeting.broadcast[OF_SECOND] = load_counter(counts);
+  named_barrier(PART_KNOWN, SHARERS);
+  const bool there = meeting.broadcast[OF_SECOND] == 1;
   if (there) {
     const uint4* const theirs = part_of(meeting.partials, sharing, 1, place.group, thread);
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) add_piece(sums.of[4 * i / SUMS] + 4 * i % SUMS, theirs + i * GROUP_THREADS);
   }
-  named_barrier(PART_WRITTEN, ALL);
+  named_barrier(PART_WRITTEN, SHARERS);
   if (there && speaker) {
-    // Nothing is left to be dealt out when the other, if it still waits, sees that all came.
+    // No portion is left when the other, if it still waits, sees that all came.
     atomic_next(counts + 1, NO_LIMIT), atomic_next(counts + 1, NO_LIMIT);
     atomic_next(counts, NO_LIMIT);
     if (atomic_next(counts + 2, 1) == 1) counts[0] = counts[1] = 0;
@@ -85,15 +102,15 @@ SS_DEVICE bool add_second(Sums& sums, const Place& place, int thread, const Meet
   return there;
 }
 
-// Blocks that share a tile, the kept item: each leaves its part of the sums in `partials` and counts itself.  All parts there, the tile is dealt out in as many shares as there are blocks: to those
-// that waited, and to the last to come, who may find nobody else.  Who has more to do (`more`) does not
-// wait.
+// Blocks that share a tile, the kept item: each leaves its part of the sums in `partials` and counts itself.
+// All parts there, the tile is dealt out in as many portions as there are blocks: to those that waited, and
+// to the last to come, who may find nobody else.  Who has more to do (`more`) does not wait.  Low tiles, of
+// warpgroups that share K', are not worth that: they are one portion, for the last to come.
 //
-// Counters of a tile: how many came, how many shares are dealt out, how many left; all zero again
+// Counters of a tile: how many came, how many portions are dealt out, how many left; all zero again
 // afterwards.
 SS_DEVICE void share_tile(const Sums& sums, bool more, const Place& place, int thread, const Shape& shape,
                           const Epilogue& to, const Meeting& meeting) {
-  constexpr u32 ALL = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
   const bool speaker = place.group == 0 && thread == 0;
   {
     const Sharing sharing = kept_sharing(place);
@@ -103,34 +120,32 @@ SS_DEVICE void share_tile(const Sums& sums, bool more, const Place& place, int t
       const u32* const four = sums.of[4 * i / SUMS] + 4 * i % SUMS;
       own[i * GROUP_THREADS] = make_uint4(four[0], four[1], four[2], four[3]);
     }
-    named_barrier(PART_WRITTEN, ALL);
+    named_barrier(PART_WRITTEN, SHARERS);
   }
   const Sharing sharing = kept_sharing(place);
-  u32* const counts = meeting.counters + 3 * sharing.counter;
-  const u32 parts = sharing.parts;
-  // Low tiles are not worth dealing out: they are one share, for the last to come.
-  const u32 shares = K_GROUPS ? 1 : parts;
-  u32 share = shares;  // none
+  u32* const counts = meeting.counters_of(sharing);
+  const u32 parts = sharing.parts, portions = K_GROUPS ? 1 : parts;
+  u32 portion = portions;  // none
   if (speaker) {
     // After everything that the barrier made this thread see, and before what it lets others do.
     u32 come = atomic_next(counts, NO_LIMIT) + 1;
     if constexpr (K_GROUPS) {
-      if (come == parts) share = 0;
+      if (come == parts) portion = 0;
     } else {
       for (int look = more ? PATIENCE : 0; come < parts && look < PATIENCE; ++look) come = load_counter(counts);
-      if (come == parts) share = atomic_next(counts + 1, NO_LIMIT);
+      if (come == parts) portion = atomic_next(counts + 1, NO_LIMIT);
     }
   }
   const Target target = target_of(kept_item(place), place, shape);
   const Channels channels = channels_of(to, target.channel, target.left);
-  const int each = (SLICES + static_cast<int>(shares) - 1) / static_cast<int>(shares);
+  const int each = (SLICES + static_cast<int>(portions) - 1) / static_cast<int>(portions);
 #pragma unroll 1
   while (true) {
-    if (speaker) *meeting.told = share;
-    named_barrier(PART_KNOWN, ALL);
-    const u32 mine = *meeting.told;
-    if (mine >= shares) break;
-    if (speaker) share = K_GROUPS ? shares : atomic_next(counts + 1, NO_LIMIT);
+    if (speaker) meeting.broadcast[OF_PORTIONS] = portion;
+    named_barrier(PART_KNOWN, SHARERS);
+    const u32 mine = meeting.broadcast[OF_PORTIONS];
+    if (mine >= portions) break;
+    if (speaker) portion = K_GROUPS ? portions : atomic_next(counts + 1, NO_LIMIT);
     const int first = static_cast<int>(mine) * each;
 #pragma unroll 1
     for (int slice = first; slice < first + each && slice < SLICES; ++slice) {
@@ -140,8 +155,7 @@ SS_DEVICE void share_tile(const Sums& sums, bool more, const Place& place, int t
         write_slice<false>(meeting.partials, sharing, place.group, thread, slice, channels, target, shape, to);
       }
     }
-    __syncwarp();  // a warp comes to a barrier as one
-    named_barrier(PART_WRITTEN, ALL);
+    named_barrier(PART_WRITTEN, SHARERS);
   }
   // Nobody of this block reads parts any more.  The last to leave clears the counters, at once, so that
   // launches that should not have met leave no trace.

@@ -66,10 +66,12 @@ def run(
     shared: int,
     *arguments: int,
     order: int = 0,
+    together: int = 0,
+    linger: int = 0,
 ) -> None:
     """Launch as slidesparse_rt.kernels.launch.Launch does; addresses are host addresses.
 
-    ``order`` of the threads: see tests/emulator/primitives.cuh.
+    ``order`` of the threads, ``together`` and ``linger``: see tests/emulator/primitives.cuh.
     """
     library = _library(spec)
     values = (ctypes.c_uint64 * _ARGUMENTS)(*(value & (2**64 - 1) for value in arguments))
@@ -83,6 +85,8 @@ def run(
         height,
         shared,
         order,
+        together,
+        linger,
     )
     assert trouble == b"", trouble.decode()
 
@@ -159,14 +163,18 @@ class EmulatedCuda:
             for code, address in zip(layout, addresses[len(maps) :], strict=True)
         ]
         self._machine.launches.append((spec, blocks, width, height, shared))
-        run(spec, blocks, width, height, shared, *values, order=self._machine.order)
+        machine = self._machine
+        extra = {"together": machine.together, "linger": machine.linger}
+        run(spec, blocks, width, height, shared, *values, order=machine.order, **extra)
         return 0
 
 
 class EmulatedMachine:
     """Looks like a device's KernelCache to launchers.
 
-    ``backwards`` reverses the threads; ``uneven``, a number above 1, lets warpgroups sleep.
+    ``backwards`` reverses threads and blocks; ``uneven``, a number above 1, lets warpgroups sleep;
+    ``together`` lets blocks run at a time, and ``linger`` warpgroups be late, each for that many
+    turns.
     """
 
     stream = 0
@@ -176,6 +184,8 @@ class EmulatedMachine:
         *,
         backwards: bool = False,
         uneven: int = 0,
+        together: int = 0,
+        linger: int = 0,
         shared_bytes: int = 99 * 1024,
         sm_count: int = 2,
     ) -> None:
@@ -183,6 +193,7 @@ class EmulatedMachine:
         self.kernels: Any = self
         self.limits = DeviceLimits((8, 6), sm_count, shared_bytes)
         self.order = uneven or int(backwards)
+        self.together, self.linger = together, linger
         self.specs: dict[int, KernelSpec] = {}
         self.launches: list[tuple[KernelSpec, int, int, int, int]] = []
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidesparse_rt.dtypes import operand
+from slidesparse_rt.errors import OptionError
 from slidesparse_rt.kernels import catalog, hopper_tiles
 from slidesparse_rt.kernels.compiler import read_source
 from slidesparse_rt.kernels.hopper import HopperGemm
@@ -93,16 +94,16 @@ def test_shared_memory_is_what_the_kernel_adds_up(config, constants):
     for dtype in DTYPES:
         for out_type in OUT_TYPES:
             of = constants[config.name, dtype, out_type]
-            # Two barriers of 8 bytes a stage, one of the warpgroups' sums, and the word that tells
-            # the last block of a tile.
-            used = of["BARRIERS"] + 16 * config.stages + 8 + 4
+            # Two barriers of 8 bytes a stage, one of the warpgroups' sums, and two words that one
+            # thread tells the others.
+            used = of["BARRIERS"] + 16 * config.stages + 8 + 8
             assert used <= config.shared_bytes <= hopper_tiles.HOPPER_SHARED_BYTES
             assert of["STAGE_BYTES"] <= config.stage_bytes
             if operand(dtype).bits == 8:
                 assert of["STAGE_BYTES"] == config.stage_bytes
                 if of["CHUNK"] * catalog.format_bytes(out_type) == 64:
                     # Nothing is spare but barriers of stages that there are not.
-                    assert used + 16 * (16 - config.stages) + 4 == config.shared_bytes
+                    assert used + 16 * (16 - config.stages) == config.shared_bytes
             assert of["CHUNK"] == config.chunk(catalog.format_bytes(out_type))
             assert of["BOX_ROW"] == 32 * catalog.format_bytes(out_type)
             assert config.tokens % of["CHUNK"] == 0
@@ -252,10 +253,10 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         assert cut.counters <= hopper_tiles.HOPPER_COUNTERS
         if config.even:
             assert cut.blocks == cut.ranges * cut.token_tiles
-            assert cut.counters == 3 * cut.blocks
+            assert cut.counters == hopper_tiles.COUNTERS_A_TILE * cut.blocks
             assert cut.partial_bytes == 2 * cut.blocks * 4 * config.rows * config.tokens
             continue
-        assert cut.counters == 3 * rest
+        assert cut.counters == hopper_tiles.COUNTERS_A_TILE * rest
         assert cut.items == cut.whole + rest * cut.splits
         assert cut.partial_bytes == rest * cut.splits * 4 * config.rows * config.tokens
         # What was timed for a bucket also runs fewer tokens.
@@ -317,9 +318,16 @@ def test_equal_ranges_are_for_a_few_rounds_of_tiles():
         assert not config.even or cut.ranges == 132 // cut.token_tiles
 
 
-def test_a_configuration_cannot_have_both_ranges_and_turns():
-    cut = tiling(HopperConfig(64, 1, 2, True, split=True, even=True), 37_888, 5376, 64, 132)
-    assert cut.ranges == 0
+@pytest.mark.parametrize("others", [{}, {"k_groups": True}, {"split": True, "k_groups": True}])
+def test_equal_ranges_are_a_way_to_split_what_warpgroups_do_not_share(others):
+    with pytest.raises(OptionError, match=r"without split, or with k_groups"):
+        HopperConfig(64, 1, 2, even=True, **others)
+
+
+def test_tiles_have_as_many_counters_as_the_kernel_counts_in():
+    found = re.search(r"COUNTERS_A_TILE = (\d+);", SOURCE.headers["hopper_schedule.cuh"])
+    assert found is not None
+    assert int(found[1]) == hopper_tiles.COUNTERS_A_TILE
 
 
 def test_names_tell_configurations_apart():

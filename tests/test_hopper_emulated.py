@@ -172,6 +172,7 @@ def test_warpgroups_may_be_late(config: HopperConfig, uneven: int) -> None:
     check_product(machine, product, config, "bfloat16", 300)
 
 
+@pytest.mark.parametrize("order", [{"uneven": 2}, {"together": 40}], ids=str)
 @pytest.mark.parametrize(
     "config",
     [HopperConfig(16, 1, 2, True), HopperConfig(64, 1, 4, True), HopperConfig(64, 2)],
@@ -193,18 +194,24 @@ def test_tiles_that_blocks_share(
     m: int,
     steps: int,
     splits: int,
+    order: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(config, split=True)
     monkeypatch.setattr(hopper_tiles, "_splits", lambda *_: splits)
-    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, uneven=2)
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, **order)
     product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
     assert tiling(config, n, product.slid_bytes, m, sm_count).splits == splits
     check_product(machine, product, config, "bfloat16", n)
 
 
-@pytest.mark.parametrize("order", [{"backwards": True}, {"uneven": 2}], ids=str)
-@pytest.mark.parametrize("tokens", [32, 64, 208])
+#: Ways in which blocks and warpgroups may meet: one block after the other in either order, or all
+#: at a time, of which those that wait see the others come, or hardly any.
+ORDERS = [{"backwards": True}, {"uneven": 2}, {"together": 40}, {"together": 1, "uneven": 3}]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("tokens", [32, 192])
 @pytest.mark.parametrize(
     ("sm_count", "n", "m", "steps", "ranges"),
     [
@@ -225,6 +232,15 @@ def test_equal_ranges(
     cut = tiling(config, n, product.slid_bytes, m, sm_count)
     assert cut.ranges == (ranges or sm_count // cut.token_tiles)
     check_product(machine, product, config, "bfloat16", n)
+
+
+@pytest.mark.parametrize("order", [{}, {"backwards": True}], ids=str)
+def test_what_one_thread_tells_is_read_before_it_tells_again(order: dict[str, Any]) -> None:
+    """Where a warpgroup is late to read it, and the next item is shared in the other way."""
+    config = HopperConfig(32, 2, split=True, even=True)
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=5, linger=400, **order)
+    product = Product(np.random.default_rng(8), "int8", 700, 256 * 9 - 32, 20, bias=False)
+    check_product(machine, product, config, "bfloat16", 700)
 
 
 @pytest.mark.parametrize("config", [HopperConfig(64, 1, 4, True), HopperConfig(128, 1, 2, True)])

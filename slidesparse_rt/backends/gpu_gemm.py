@@ -47,7 +47,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def token_bucket(tokens: int) -> int:
-    """The next power of two from 16 to 16384: M for which algorithms are chosen."""
+    """The next power of two from 16 to 16384: M for which algorithms are timed."""
     return min(1 << 14, max(16, 1 << (tokens - 1).bit_length()))
 
 

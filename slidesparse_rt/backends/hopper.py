@@ -19,7 +19,7 @@ import numpy as np
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
 from ..kernels.hopper import HopperGemm, pack_weights
-from ..kernels.hopper_layout import PANEL_ROWS, STEP_BYTES, packed_bytes
+from ..kernels.hopper_layout import PANEL_ROWS, ROW_MULTIPLE, STEP_BYTES, packed_bytes
 from ..kernels.hopper_tiles import HopperConfig, clocks, configurations
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
@@ -34,11 +34,8 @@ __all__ = ["HopperBackend"]
 
 #: The one compute capability that has these instructions.
 _CAPABILITY = (9, 0)
-#: Bytes that rows of tokens are multiples of: lines of L2.  The copy engine takes multiples of 16,
-#: but reads two lines then for the 128 bytes that a stage has of a token.
-_ROW_MULTIPLE = 128
 #: Buckets up to here find their weights out of the cache, as the next layer of a model would.
-#: Reading those is what takes time then, at any number of tokens of the bucket.
+#: How much reading those takes is not known, so times are not scaled within such a bucket.
 _COLD_TOKENS = 512
 #: Configurations and their milliseconds.
 _Times = tuple[tuple[HopperConfig, float], ...]
@@ -108,7 +105,7 @@ class HopperPrepared(GpuPrepared):
     def __init__(self, weight: GpuWeight, options: PlanOptions, stream: int) -> None:
         super().__init__(weight, weight.pattern, options)
         size = weight.operand.bits // 8
-        self.row_length = round_up(weight.pattern.slid_k(weight.k), _ROW_MULTIPLE // size)
+        self.row_length = round_up(weight.pattern.slid_k(weight.k), ROW_MULTIPLE // size)
         self.padded_n = weight.n
         self._slid_bytes = round_up(self.row_length * size, STEP_BYTES)
         rows = round_up(weight.n, PANEL_ROWS)

@@ -20,6 +20,7 @@ from ..errors import ShapeError
 
 __all__ = [
     "PANEL_ROWS",
+    "ROW_MULTIPLE",
     "STAGE_BYTES",
     "STEP_BYTES",
     "pack",
@@ -30,6 +31,9 @@ __all__ = [
 
 #: Rows of a panel; the packed matrix has a multiple of them.
 PANEL_ROWS = 128
+#: Bytes that rows of tokens are multiples of: lines of L2.  The copy engine takes multiples of 16,
+#: but reads two lines then for the 128 bytes that a stage has of a token.
+ROW_MULTIPLE = 128
 #: Bytes of K' that are loaded at a time.
 STAGE_BYTES = 128
 #: Bytes of K' that the packed matrix has a multiple of: two stages.

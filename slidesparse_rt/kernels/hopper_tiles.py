@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import OptionError
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES, unit_bytes
 
 __all__ = [
@@ -72,8 +73,8 @@ class HopperConfig:
         Whether they share the channels of a tile and take turns at K', instead of having channels
         of their own.
     split:
-        Whether blocks of threads share the tiles that would not fill all multiprocessors, each with
-        a part of their K'.
+        Whether blocks of threads share tiles, each with a part of their K': those that would not
+        fill all multiprocessors, unless ``even``.
     tile_group:
         Tiles of channels that are worked on side by side, for the sake of L2.
     even:
@@ -88,6 +89,13 @@ class HopperConfig:
     split: bool = False
     tile_group: int = _BESIDE
     even: bool = False
+
+    def __post_init__(self) -> None:
+        if self.even and (self.k_groups or not self.split):
+            raise OptionError(
+                "equal ranges of K' (even) were asked for without split, or with k_groups; they "
+                "are a way to split K' among blocks, for tiles of which warpgroups share none"
+            )
 
     @property
     def rows(self) -> int:
@@ -116,7 +124,7 @@ class HopperConfig:
         """Shared memory beside the stages: results, token scales, items, sums, barriers."""
         # Two buffers a warp, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
         results = self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
-        barriers = _MOST_STAGES * 16 + 16
+        barriers = _MOST_STAGES * 16 + 16  # and two words that one thread tells the others
         of_warps = self.groups * 4 * (self.tokens * 4 + _ITEM_BYTES)
         return results + of_warps + self.gather_bytes + barriers
 
@@ -165,7 +173,7 @@ class HopperConfig:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
         split = ", the last share K'" if self.split else ""
-        split = ", equal shares of K'" if self.even else split
+        split = ", equal ranges of K'" if self.even else split
         beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
         return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
 
@@ -204,7 +212,7 @@ class Tiling:
 
     @property
     def shared(self) -> int:
-        """Tiles that several blocks share."""
+        """Tiles left over for the last round, which several blocks share."""
         return self.tiles - self.whole
 
     @property
@@ -225,7 +233,7 @@ def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
     weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
     tiles = weight_tiles * token_tiles
     steps, tile_bytes = slid_bytes // STEP_BYTES, config.rows * config.tokens * 4
-    if config.even and not config.k_groups:
+    if config.even:
         ranges = _ranges(weight_tiles, token_tiles, steps, sm_count)
         if ranges:
             # A block may share its first and its last tile.

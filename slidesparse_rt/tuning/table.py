@@ -16,7 +16,7 @@ from ..errors import OptionError
 
 __all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
-#: Numbers of tokens that are measured: those for which backends choose their algorithms, one token,
+#: Numbers of tokens that are measured: those for which backends time their algorithms, one token,
 #: which decoding has, and from 256 on one between each two, for tiles are whole and times no
 #: straight lines.
 BUCKETS = (

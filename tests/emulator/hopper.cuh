@@ -49,6 +49,7 @@ struct Product {
 struct Engine {
   std::map<u32, Mbarrier> barriers;
   std::map<u32, Barrier> named;
+  std::map<int, Barrier> warpgroups;  // by first thread
   std::map<int, std::vector<std::vector<Store>>> stores;      // by thread; the last group is open
   std::map<int, std::vector<std::vector<Product>>> products;  // the same
   std::map<int, bool> waited;  // threads for which the launch before is over
@@ -70,7 +71,10 @@ inline void reset_engine() {
       if (!group.empty()) complain("a block ended before its products were done");
   engine = Engine{};
 }
-inline const int registered = (machine.at_edges.push_back(reset_engine), 0);
+inline std::map<unsigned, Engine> engines;  // of blocks that are put aside
+inline void change_engine(unsigned block) { std::swap(engine, engines[block]); }
+inline const int registered =
+    (machine.at_edges.push_back(reset_engine), machine.at_switch.push_back(change_engine), 0);
 
 // --- barriers -------------------------------------------------------------------------------------
 
@@ -127,6 +131,7 @@ inline void named_barrier(u32 name, u32 threads) {
   const int phase = engine.named[name].phase;
   named_barrier_arrive(name, threads);
   while (engine.named[name].phase == phase) give_way();
+  for (int i = 0; machine.running / 128 % 2 == 1 && i < machine.linger; ++i) give_way();
 }
 
 // --- the copy engine ------------------------------------------------------------------------------
@@ -243,7 +248,10 @@ void checked_store(u8* address, T value) {
 inline void store_result(u8* address, u32 a) { checked_store(address, a); }
 inline void store_result(u8* address, uint2 v) { checked_store(address, v); }
 inline void store_result(u8* address, uint4 v) { checked_store(address, v); }
-inline uint4 load_shared_by_blocks(const uint4* address) { return *address; }
+inline uint4 load_shared_by_blocks(const uint4* address) {
+  touch_changing_memory();
+  return *address;
+}
 inline uint2 shared_load8(u32 address) {
   uint2 v;
   std::memcpy(&v, shared_at(address, 8), 8);
@@ -255,4 +263,9 @@ inline u32 atomic_next(u32* address, u32 most) {
   *address = before >= most ? 0 : before + 1;
   return before;
 }
-inline u32 load_counter(const u32* address) { return *address; }
+// Who looks for others lets them go on.
+inline u32 load_counter(const u32* address) {
+  touch_changing_memory();
+  for (int i = 0; i < machine.others_turns; ++i) give_way();
+  return *address;
+}

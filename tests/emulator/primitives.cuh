@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 using u8 = std::uint8_t;
@@ -56,6 +57,8 @@ struct Machine {
   const u64* arguments = nullptr;
   int progress = 0;  // grows whenever a barrier lets threads pass
   std::vector<void (*)()> at_edges;  // called before each block and after the last
+  std::vector<void (*)(unsigned)> at_switch;  // a block is put aside or taken up again
+  int others_turns = 0, linger = 0;
   char trouble[160] = "";
 };
 inline Machine machine;
@@ -118,63 +121,123 @@ inline void fiber_main() {
   machine.fibers[machine.running].done = true;
 }
 
+// What belongs to a block, while others run.
+struct Block {
+  unsigned number = 0;
+  Index3 block{};
+  std::vector<Fiber> fibers;
+  std::vector<Barrier> warps;
+  std::vector<u32> lanes;
+  Barrier all;
+  std::vector<u8> shared;
+  u8* shared_base = nullptr;
+  int left = 0;
+  // Neither moves what fibers and pointers refer to.
+  void change_places() {
+    std::swap(block, machine.block), std::swap(fibers, machine.fibers), std::swap(warps, machine.warps);
+    std::swap(lanes, machine.lanes), std::swap(all, machine.all), std::swap(shared, machine.shared);
+    std::swap(shared_base, machine.shared_base);
+    for (const auto hook : machine.at_switch) hook(number);
+  }
+};
+
+inline void begin_block(unsigned b) {
+  const int threads = static_cast<int>(machine.block_size.x * machine.block_size.y);
+  machine.block = {b, 0, 0};
+  for (const auto hook : machine.at_edges) hook();
+  machine.shared.assign(machine.shared_bytes + 32, 0xa5);
+  machine.shared_base = machine.shared.data() +
+                        (16 - reinterpret_cast<std::uintptr_t>(machine.shared.data()) % 16) % 16;
+  machine.lanes.assign(threads, 0);
+  machine.all = {threads, 0, 0};
+  machine.warps.assign((threads + 31) / 32, Barrier{32, 0, 0});
+  if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.resize(threads);
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = machine.fibers[t];
+    fiber.stack.resize(32768), fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &machine.scheduler;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+}
+
+// One turn of each thread of the block; returns how many are not done.
+inline int turn_of_block(int order, int asleep) {
+  const int x = static_cast<int>(machine.block_size.x), threads = x * static_cast<int>(machine.block_size.y);
+  int left = 0;
+  for (int i = 0; i < threads; ++i) {
+    const int t = order == 1 ? threads - 1 - i : i;
+    if (machine.fibers[t].done) continue;
+    if (order > 1 && threads > 128 && t / 128 == asleep) {
+      ++left;
+      continue;
+    }
+    machine.running = t, machine.thread = {static_cast<unsigned>(t % x), static_cast<unsigned>(t / x), 0};
+    swapcontext(&machine.scheduler, &machine.fibers[t].context);
+    if (machine.fibers[t].done) ++machine.progress; else ++left;
+  }
+  return left;
+}
+
 // Runs `entry` (24 arguments) over a grid of `blocks`.  `order`: 0, threads take turns; 1, the last one
-// first, and the last block; larger, each warpgroup of 128 in turn sleeps while the others go on, as this seed says.
-// Returns "" or what went wrong.
+// first, and the last block; larger, each warpgroup of 128 in turn sleeps while the others go on, as this
+// seed says.  `together`: blocks run at a time rather than one after the other, and who looks whether others
+// have come lets them take so many turns.  `linger`: turns that every other warpgroup is late behind barriers
+// among warpgroups.  Returns "" or what went wrong.
 extern "C" __attribute__((used, visibility("default"))) const char*
 emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsigned y, u32 shared_bytes,
-        int order) {
-  const int threads = static_cast<int>(x * y);
+        int order, int together, int linger) {
   machine.trouble[0] = 0;
   machine.entry = entry, machine.arguments = arguments;
   machine.block_size = {x, y, 1}, machine.grid = {blocks, 1, 1};
   machine.shared_bytes = shared_bytes;
-  machine.shared.assign(shared_bytes + 32, 0);
-  machine.shared_base = machine.shared.data() +
-                        (16 - reinterpret_cast<std::uintptr_t>(machine.shared.data()) % 16) % 16;
-  if (static_cast<int>(machine.fibers.size()) < threads) machine.fibers.resize(threads);
-  machine.lanes.assign(threads, 0);
+  machine.others_turns = together, machine.linger = linger;
+  const int most_idle = together ? 100000 : 1000 + linger;
   u32 random = order, rounds = 0, asleep = 0;
-  for (unsigned b = 0; b < blocks && !machine.trouble[0]; ++b) {
-    machine.block = {order == 1 ? blocks - 1 - b : b, 0, 0};
-    for (const auto hook : machine.at_edges) hook();
-    std::memset(machine.shared_base, 0xa5, shared_bytes);
-    machine.all = {threads, 0, 0};
-    machine.warps.assign((threads + 31) / 32, Barrier{32, 0, 0});
-    for (int t = 0; t < threads; ++t) {
-      Fiber& fiber = machine.fibers[t];
-      fiber.stack.resize(32768), fiber.done = false;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &machine.scheduler;
-      makecontext(&fiber.context, fiber_main, 0);
+  const u32 groups = (x * y + 127) / 128, others = groups > 1 ? groups - 1 : 1;
+  std::vector<Block> running;
+  const auto all_done = [&] {
+    for (const Block& block : running) {
+      if (block.left) return false;
     }
-    for (int idle = 0, left = threads; left && idle < 1000;) {
-      left = 0;
+    return true;
+  };
+  for (unsigned b = 0; b < blocks && !machine.trouble[0]; ++b) {
+    Block block;
+    block.left = 1;
+    block.number = order == 1 ? blocks - 1 - b : b;
+    begin_block(block.number);
+    if (together) block.change_places();
+    running.push_back(std::move(block));
+    if (together && b + 1 < blocks) continue;
+    for (int idle = 0; !all_done() && idle < most_idle;) {
       const int before = machine.progress;
-      int finished = 0;
       // Long enough for the others to come to the next but one thing that they share.
       if (order > 1 && rounds++ % 200 == 0) {
         // Another one than before: the same again and again would look as if nobody could go on.
-        const u32 groups = (threads + 127) / 128, others = groups > 1 ? groups - 1 : 1;
         random = random * 1664525u + 1013904223u;
         asleep = (asleep + 1 + (random >> 16) % others) % groups;
       }
-      for (int i = 0; i < threads; ++i) {
-        const int t = order == 1 ? threads - 1 - i : i;
-        if (machine.fibers[t].done) continue;
-        if (order > 1 && threads > 128 && t / 128 == static_cast<int>(asleep)) {
-          ++left;
-          continue;
-        }
-        machine.running = t, machine.thread = {t % x, t / x, 0};
-        swapcontext(&machine.scheduler, &machine.fibers[t].context);
-        if (machine.fibers[t].done) ++finished; else ++left;
+      for (Block& one : running) {
+        if (!one.left) continue;
+        if (together) one.change_places();
+        const int left = turn_of_block(order, static_cast<int>(asleep));
+        if (together) one.change_places();
+        one.left = left;
       }
-      idle = finished || machine.progress != before ? 0 : idle + 1;
-      if (idle == 1000) complain("threads wait for each other for ever");
+      idle = machine.progress != before ? 0 : idle + 1;
+      if (idle == most_idle) complain("threads wait for each other for ever");
     }
+    if (together) {
+      for (Block& one : running) {
+        one.change_places();
+        for (const auto hook : machine.at_edges) hook();
+        one.change_places();
+      }
+    }
+    running.clear();
   }
   for (const auto hook : machine.at_edges) hook();
   return machine.trouble;

@@ -78,8 +78,7 @@ inline void multiply_now(const Product& product) {
 
 inline void multiply(u32 (&d)[SS_TOKENS / 2], u64 weights, u64 tokens, u32 metadata, int selector) {
   const int first = machine.running / 128 * 128;
-  static std::map<int, Barrier> groups;
-  Barrier& group = groups.emplace(first, Barrier{128, 0, 0}).first->second;
+  Barrier& group = engine.warpgroups.emplace(first, Barrier{128, 0, 0}).first->second;
   machine.lanes[machine.running] = metadata;
   wait_at(group);
   std::vector<u32> all(machine.lanes.begin() + first, machine.lanes.begin() + first + 128);

@@ -117,13 +117,18 @@ def test_every_kernel_on_few_multiprocessors(draw, pair, monkeypatch):
 
     config, dtype, out_type = pair
     kernels = kernels_of(0)
-    monkeypatch.setattr(kernels, "limits", replace(kernels.limits, sm_count=2))
+    monkeypatch.setattr(
+        kernels, "limits", replace(kernels.limits, sm_count=4 if config.even else 2)
+    )
     row_bytes = least_row_bytes(config) + 512
     stream = torch.cuda.current_stream().cuda_stream
     n, m = 2 * config.rows + 8, 2 * config.tokens + 5
+    if config.even:  # seven tiles of channels in four ranges
+        n, m = 7 * config.rows - 56, config.tokens - 3
     operands = Operands(draw, dtype, n, row_bytes, m, bias=True)
     result = Result(operands, config, out_type, n + 8, 0)
     assert result.gemm.tiling.items > result.gemm.tiling.blocks
+    assert result.gemm.tiling.ranges == (4 if config.even else 0)
     expected = operands.exact(out_type)
     for _ in range(2):
         result.launch(stream)
@@ -173,12 +178,22 @@ def test_int8_sums_of_every_size(draw, config):
     ],
     ids=lambda config: config.name.replace(" ", "_"),
 )
-def test_rounded_sums_are_the_same_every_time(draw, dtype, config):
-    """Whatever else runs, and whichever of the blocks that share a tile finishes last."""
+@pytest.mark.parametrize("few", [False, True])
+def test_rounded_sums_are_the_same_every_time(draw, dtype, config, few, monkeypatch):
+    """Whatever else runs, and whichever of the blocks that share a tile finishes last.
+
+    With few multiprocessors two blocks share a tile, or one block has several.
+    """
     import torch
 
-    operands = Operands(draw, dtype, 1000, 8 * 4 * 256, 70, bias=True, make=real)
-    results = [Result(operands, config, "float32", 1000, 0) for _ in range(2)]
+    n, m = 1000, 70
+    if few:
+        kernels = kernels_of(0)
+        monkeypatch.setattr(kernels, "limits", replace(kernels.limits, sm_count=5))
+        n, m = 7 * config.rows, 30
+    operands = Operands(draw, dtype, n, 8 * 4 * 256, m, bias=True, make=real)
+    results = [Result(operands, config, "float32", n, 0) for _ in range(2)]
+    assert bool(results[0].gemm.tiling.ranges) == config.even
     stream, beside = torch.cuda.current_stream(), torch.cuda.Stream()
     results[0].launch(stream.cuda_stream)
     first = results[0].words.clone()
