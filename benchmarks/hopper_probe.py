@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from slidesparse_rt.backends.gpu_gemm import round_up
 from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.bench.clocks import Clocks
 from slidesparse_rt.bench.record import command_line, environment
@@ -62,8 +63,8 @@ class Hopper:
         for layer, memory in zip(layers, weights, strict=True):
             view = gpu.array(memory.pointer, (layer.n, layer.k), BF16)
             weight = GpuWeight.from_array(view, pattern, row, None, gpu.device, gpu.stream)
-            slid_bytes = -(-pattern.slid_k(layer.k) * size // STEP_BYTES) * STEP_BYTES
-            rows = -(-layer.n // PANEL_ROWS) * PANEL_ROWS
+            slid_bytes = round_up(pattern.slid_k(layer.k) * size, STEP_BYTES)
+            rows = round_up(layer.n, PANEL_ROWS)
             packed = gpu.allocate(packed_bytes(rows, slid_bytes, size))
             with weight.slide(rows, slid_bytes // size, gpu.stream) as slid:
                 pack_weights(
@@ -78,7 +79,7 @@ class Hopper:
                 gpu.synchronize()
             weight.drop_values()
             # Whole lines of L2, as in a plan.
-            row_length = -(-pattern.slid_k(layer.k) * size // ROW_MULTIPLE) * ROW_MULTIPLE // size
+            row_length = round_up(pattern.slid_k(layer.k), ROW_MULTIPLE // size)
             q = gpu.allocate((tokens + _MORE_ROWS) * row_length * size)
             scales, y = gpu.allocate(tokens * 4), gpu.allocate(tokens * layer.n * 2)
             x = gpu.random(tokens * layer.k * 2, BF16)

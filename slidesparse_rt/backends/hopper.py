@@ -182,18 +182,16 @@ class HopperPrepared(GpuPrepared):
                     # Timing takes operands for the whole bucket; the run itself may still fit.
                     return self._promising(bucket)[0]
         times: _Times = found
+        likened = bucket if bucket <= _COLD_TOKENS else tokens
 
         def expected(timed: tuple[HopperConfig, float]) -> float:
             config, milliseconds = timed
-            if bucket <= _COLD_TOKENS:
-                return milliseconds
-            shape, sm_count = (self.weight.n, self._slid_bytes), self.device.sm_count
-            part = clocks(config, *shape, tokens, sm_count) / clocks(
-                config, *shape, bucket, sm_count
-            )
-            return milliseconds * part
+            return milliseconds * self._clocks(config, likened) / self._clocks(config, bucket)
 
         return min(times, key=expected)[0]
+
+    def _clocks(self, config: HopperConfig, tokens: int) -> float:
+        return clocks(config, self.weight.n, self._slid_bytes, tokens, self.device.sm_count)
 
     def _promising(self, bucket: int) -> list[HopperConfig]:
         return configurations(self.weight.n, self._slid_bytes, bucket, self.device.sm_count)

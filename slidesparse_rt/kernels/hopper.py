@@ -127,7 +127,7 @@ class HopperGemm:
         if cut.items > MAX_INT // 2 or tokens > MAX_INT - 256 or steps > MAX_INT // MOST_SPLITS:
             raise ShapeError(f"{tokens} tokens by {n} channels are too many for one launch")
         if cut.counters > HOPPER_COUNTERS:
-            tiles, allowed = (n // COUNTERS_A_TILE for n in (cut.counters, HOPPER_COUNTERS))
+            tiles, allowed = cut.counters // COUNTERS_A_TILE, HOPPER_COUNTERS // COUNTERS_A_TILE
             raise OptionError(
                 f"{config.name} splits {tiles} tiles among blocks; allowed are {allowed}: use a "
                 "configuration that splits none"

@@ -172,8 +172,8 @@ class HopperConfig:
     def name(self) -> str:
         """For people: channels x tokens of a tile, and how K' is shared."""
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
-        split = ", the last share K'" if self.split else ""
-        split = ", equal ranges of K'" if self.even else split
+        way = "equal ranges of" if self.even else "the last share"
+        split = f", {way} K'" if self.split else ""
         beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
         return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
 
@@ -267,21 +267,13 @@ def _ranges(weight_tiles: int, token_tiles: int, steps: int, sm_count: int) -> i
 
 def _splits(config: HopperConfig, tiles: int, steps: int, sm_count: int) -> int:
     """By how many blocks each tile is shared best, where ``tiles`` are left over; 1: by none."""
-    of_tile = _tile_clocks(config, steps)
-
-    def of_round(splits: int) -> float:
-        if splits == 1:
-            return of_tile + _TILE_CLOCKS
-        rounds = -(-tiles * splits // sm_count)
-        return rounds * (of_tile / splits + _part_clocks(config))
-
     able = [
         splits
         for splits in range(2, MOST_SPLITS + 1)
         if steps // splits >= max(config.turns, _LEAST_STEPS)
         and _left(tiles, splits, sm_count) <= _WORTHWHILE
     ]
-    return min([1, *able], key=of_round)
+    return min([1, *able], key=lambda splits: _clocks(config, tiles, splits, steps, sm_count))
 
 
 def _tile_clocks(config: HopperConfig, steps: int) -> int:
@@ -289,6 +281,12 @@ def _tile_clocks(config: HopperConfig, steps: int) -> int:
     reads = config.rows // 64 * 2 * (config.tokens // 2 + 16)
     loads = (config.rows * 80 + config.tokens * STAGE_BYTES) // _INGRESS
     return 2 * steps * max(reads, loads)
+
+
+def _clocks(config: HopperConfig, tiles: int, splits: int, steps: int, sm_count: int) -> float:
+    """Clocks of ``tiles`` tiles, each shared by so many blocks."""
+    rounds, of_tile = -(-tiles * splits // sm_count), _tile_clocks(config, steps)
+    return rounds * (of_tile / splits + (_part_clocks(config) if splits > 1 else _TILE_CLOCKS))
 
 
 def _part_clocks(config: HopperConfig) -> float:
@@ -306,14 +304,12 @@ def clocks(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
     The arguments are those of :func:`tiling`.
     """
     cut = tiling(config, n, slid_bytes, tokens, sm_count)
-    of_tile = _tile_clocks(config, slid_bytes // STEP_BYTES)
+    steps = slid_bytes // STEP_BYTES
     if cut.ranges:
-        return of_tile * cut.weight_tiles / cut.ranges + 2 * _part_clocks(config)
-    whole = -(-cut.whole // sm_count) * (of_tile + _TILE_CLOCKS)
-    if not cut.shared:
-        return float(whole)
-    rounds = -(-cut.shared * cut.splits // sm_count)
-    return whole + rounds * (of_tile / cut.splits + _part_clocks(config))
+        of_range = _tile_clocks(config, steps) * cut.weight_tiles / cut.ranges
+        return of_range + 2 * _part_clocks(config)
+    whole = _clocks(config, cut.whole, 1, steps, sm_count)
+    return whole + _clocks(config, cut.shared, cut.splits, steps, sm_count)
 
 
 def _left(tiles: int, splits: int, sm_count: int) -> float:

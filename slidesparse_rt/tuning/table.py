@@ -229,7 +229,7 @@ class Table:
             below, above = self.times[low], self.times[high]
             for one, other in combinations(names, 2):
                 before, after = below[one] - below[other], above[one] - above[other]
-                if before * after < 0 or (before == 0) != (after == 0):  # or equal at one end
+                if before * after <= 0 and before != after:  # crossed, or equal at one end
                     crossing = low + int((high - low) * (before / (before - after)))
                     found.update(
                         point for point in range(crossing - 1, crossing + 3) if low < point < high
