@@ -50,6 +50,44 @@ SS_DEVICE void named_barrier(u32 name, u32 threads) {
   asm volatile("bar.sync %0, %1;" : : "r"(name), "r"(threads) : "memory");
 }
 
+// --- clusters -------------------------------------------------------------------------------------
+
+// Until all threads of the cluster's blocks are here, and what each did before can be seen by all.
+SS_DEVICE void cluster_sync() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+// Where in the cluster's shared memory lies what block `rank` has at this address of its own.
+SS_DEVICE u32 shared_of_block(u32 address, u32 rank) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+SS_DEVICE uint4 cluster_load16(u32 there) {
+  uint4 v;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(there)
+               : "memory");
+  return v;
+}
+// At a barrier of any block of the cluster.  Who waits as below can see what this thread knows to be done.
+SS_DEVICE void cluster_arrive(u32 there) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" : : "r"(there) : "memory");
+}
+SS_DEVICE void cluster_wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}\n"
+      :
+      : "r"(barrier), "r"(parity)
+      : "memory");
+}
+
 // --- the copy engine ------------------------------------------------------------------------------
 
 // A box of a 2-dimensional tensor to shared memory; `barrier` counts the bytes.  What lies outside the

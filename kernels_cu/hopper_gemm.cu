@@ -18,21 +18,25 @@
 // SS_KGROUPS: the warpgroups have the same channels and take turns at steps of 256 bytes of K'; their
 // sums meet in shared memory.  SS_SPLITS: blocks may share tiles, each with a part of K': those tiles that
 // would not fill all multiprocessors, or wherever equal parts of all K' begin and end.  Their sums meet in
-// `partials`, where those blocks that are there when the last has come add them up (hopper_share.cuh), in
-// the order of K': repeated runs give the same bits.
+// `partials`, where those blocks that are there when the last has come add them up (hopper_share.cuh).
+// SS_CLUSTERS: the blocks of a cluster share each tile, and add up their sums out of each other's shared
+// memory (hopper_cluster.cuh).  All of them add in the order of K': repeated runs give the same bits.
 //
 // Its parts in headers: hopper_schedule.cuh, which tiles a block works on; hopper_results.cuh, from sums to
-// results; hopper_share.cuh, tiles that blocks share.
+// results; hopper_share.cuh and hopper_cluster.cuh, tiles that blocks share.
 //
 // Compile-time settings (slidesparse_rt/kernels/catalog.py):
 //   SS_TYPE     int8, E4M3, bfloat16 or float16 (numbers.cuh); SS_OUT float32, float16, bfloat16
 //   SS_TOKENS   tokens of a tile; SS_BLOCKS blocks of 64 channels of a warpgroup, 1 or 2
-//   SS_GROUPS   warpgroups that multiply; SS_KGROUPS and SS_SPLITS as above; SS_STAGES stages
+//   SS_GROUPS   warpgroups that multiply; SS_STAGES stages; SS_KGROUPS, SS_SPLITS, SS_CLUSTERS as above
 #include "hopper.cuh"
 #include "wgmma_sparse.cuh"
 
 constexpr int TOKENS = SS_TOKENS, BLOCKS = SS_BLOCKS, GROUPS = SS_GROUPS, STAGES = SS_STAGES;
-constexpr bool K_GROUPS = SS_KGROUPS, SPLITS = SS_SPLITS, EACH_LANE = SS_EACHLANE;
+constexpr bool K_GROUPS = SS_KGROUPS, SPLITS = SS_SPLITS, CLUSTERS = SS_CLUSTERS, EACH_LANE = SS_EACHLANE;
+// Whether blocks may share tiles, in one way or another.
+constexpr bool SHARED = SPLITS || CLUSTERS;
+static_assert(!CLUSTERS || !(SPLITS || K_GROUPS), "a cluster is one way to share K', without others");
 constexpr int GROUP_THREADS = 128;
 constexpr bool WIDE = bytes_of(SS_TYPE) == 2;
 constexpr bool INTEGER = SS_TYPE == SS_S8;
@@ -75,10 +79,10 @@ constexpr int BARRIERS = GATHER + (K_GROUPS ? (GROUPS - 1) * BLOCKS * SUMS * GRO
 static_assert(!K_GROUPS || STAGES % (2 * GROUPS) == 0, "stages must be whole rounds of turns");
 
 // Names of barriers among warpgroups.
-constexpr u32 GATHER_FULL = 1, PART_WRITTEN = 2, PART_KNOWN = 3;
+constexpr u32 GATHER_FULL = 1, PART_WRITTEN = 2, PART_KNOWN = 3, STAGES_READ = 4;
 
 // Whether there are registers to spare for scale and bias of channels while the last products run.
-constexpr bool EARLY = !SPLITS && BLOCKS * TOKENS <= 384;
+constexpr bool EARLY = !SHARED && BLOCKS * TOKENS <= 384;
 
 // A warpgroup that multiplies may need more registers than an even share, one that loads needs few.
 constexpr bool UNEVEN = GROUPS == 2 && BLOCKS * TOKENS >= 128;
@@ -118,12 +122,16 @@ SS_DEVICE Item kept_item(const Place& place) {
   item.weight_tile = shared_load4(place.item()), item.token_tile = shared_load4(place.item() + 4);
   return item;
 }
-SS_DEVICE bool is_shared(const Place& place) { return SPLITS && shared_load4(place.item() + 8) > 1; }
+SS_DEVICE bool is_shared(const Place& place) {
+  return CLUSTERS || (SPLITS && shared_load4(place.item() + 8) > 1);
+}
 SS_DEVICE Sharing kept_sharing(const Place& place) {
   Sharing sharing;
   sharing.parts = shared_load4(place.item() + 8), sharing.part = shared_load4(place.item() + 12);
-  sharing.counter = shared_load4(place.item() + 16), sharing.first_slot = shared_load4(place.item() + 20);
-  sharing.second_slot = shared_load4(place.item() + 24), sharing.slot_step = shared_load4(place.item() + 28);
+  if constexpr (SPLITS) {
+    sharing.counter = shared_load4(place.item() + 16), sharing.first_slot = shared_load4(place.item() + 20);
+    sharing.second_slot = shared_load4(place.item() + 24), sharing.slot_step = shared_load4(place.item() + 28);
+  }
   return sharing;
 }
 
@@ -148,7 +156,7 @@ SS_DEVICE void load_weights(const u8* packed, const Shape& shape, const Item& it
 }
 
 SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& shape, bool early, u32 stages,
-                           u32 full, u32 empty) {
+                           u32 full, u32 empty, u32 left) {
   const int items = items_of(shape);
   // The weights of the first stages before the kernel that writes the tokens is over.  Where it is over
   // anyway, the first products would wait for all of them.
@@ -167,6 +175,7 @@ SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& 
   int done = ready;  // stages of the item that are under way already
   for (int number = 0; number < items; ++number, done = 0) {
     const Item item = item_of(number, shape);
+    if (CLUSTERS && number) cluster_wait(left, (number - 1) & 1);
     for (int stage = 2 * item.first + done; stage < 2 * (item.first + item.count); ++stage, ++position) {
       const u32 slot = position % STAGES, round = position / STAGES;
       const u32 barrier = full + 8 * slot, target = stages + slot * STAGE_BYTES;
@@ -233,6 +242,7 @@ SS_DEVICE void gather_groups(Sums& sums, int group, int thread, u32 buffer, u32 
 
 #include "hopper_results.cuh"
 #include "hopper_share.cuh"
+#include "hopper_cluster.cuh"
 
 // --- the kernel -----------------------------------------------------------------------------------
 
@@ -247,6 +257,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const u32 full = stages + BARRIERS, empty = full + 8 * STAGES;
   const u32 gather_free = empty + 8 * STAGES;
   u32* const broadcast = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES + 8);
+  const ClusterBarriers of_cluster{gather_free, gather_free + 8};
   const Shape shape{tokens,      channels,   steps, panels, weight_tiles,
                     token_tiles, tile_group, whole, splits, ranges};
   if (threadIdx.x == 0) {
@@ -255,15 +266,22 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       barrier_init(empty + 8 * slot, (EACH_LANE ? 128 : 4) * (K_GROUPS ? 1 : GROUPS));
     }
     if (K_GROUPS) barrier_init(gather_free, GROUP_THREADS);
+    if (CLUSTERS) barrier_init(of_cluster.come, splits), barrier_init(of_cluster.left, splits);
     barrier_init_done();
   }
-  __syncthreads();
+  if constexpr (CLUSTERS) {
+    cluster_sync();  // others arrive at these barriers
+  } else {
+    __syncthreads();
+  }
 
   // The same for all threads of a warp, and known to be: products need it.
   const int of_all = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = of_all / 4, warp = of_all % 4;
   if (group == GROUPS) {
     if constexpr (UNEVEN) give_registers<24>();
-    if (threadIdx.x == GROUPS * GROUP_THREADS) load_stages(&token_map, packed, shape, early, stages, full, empty);
+    if (threadIdx.x == GROUPS * GROUP_THREADS) {
+      load_stages(&token_map, packed, shape, early, stages, full, empty, of_cluster.left);
+    }
     return;
   }
   if constexpr (UNEVEN) take_registers<240>();
@@ -281,11 +299,11 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   static_assert(IN_FLIGHT + 2 <= 4, "a product's metadata must not be overwritten");
 
   // Where tiles are high and not shared, there is no register for it.
-  const int items = SPLITS ? items_of(shape) : 0;
+  const int items = SHARED ? items_of(shape) : 0;
   int number = 0;
 #pragma unroll 1
   while (true) {
-    const bool more = SPLITS ? number + 1 < items
+    const bool more = SHARED ? number + 1 < items
                              : static_cast<int>(blockIdx.x + (number + 1) * gridDim.x) < weight_tiles * token_tiles;
     const Item now = item_of(number, shape);
     const int of_item = now.count;
@@ -341,7 +359,9 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
     position += 2 * of_item;
 
     if constexpr (K_GROUPS) gather_groups(sums, group, thread, stages + GATHER, gather_free, number);
-    if (!K_GROUPS || group == 0) {
+    if constexpr (CLUSTERS) {
+      gather_cluster(sums, stages, number, of_cluster, place, thread, shape, to);
+    } else if (!K_GROUPS || group == 0) {
       if (!is_shared(place) || add_second(sums, place, thread, meeting)) {
         const Target target = target_of(kept_item(place), place, shape);
         if constexpr (!EARLY) held = channels_of(to, target.channel, target.left);
@@ -353,6 +373,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
     if (!more) break;
     ++number;
   }
+  if constexpr (CLUSTERS) cluster_wait(of_cluster.left, number & 1);
   // Shared memory must outlive the stores that read it.
   if (BOXES && (thread & 31) == 0) stores_wait_read<0>();
 }

@@ -9,7 +9,8 @@ constexpr int COUNTERS_A_TILE = 3;
 struct Shape {
   int tokens, channels, steps, panels;
   int weight_tiles, token_tiles, group;
-  int whole, splits;  // tiles that are not split, and into how many parts of K' the others are
+  int whole, splits;  // tiles that are not split, and into how many parts of K' the others are: with
+                      // CLUSTERS all, one for each block of a cluster
   int ranges;         // or, if not 0: how many equal parts all channels' K' are cut into
 };
 
@@ -65,9 +66,25 @@ SS_DEVICE Item item_of_range(int number, const Shape& shape) {
   return item;
 }
 
-// Whole tiles, then the parts of the others.  Tiles are numbered `group` weight tiles wide, all token
-// tiles deep, so that what runs at a time shares both operands in L2; blocks read the same parts of K' at
-// about the same time for the same reason.
+// Tiles are numbered `group` weight tiles wide, all token tiles deep, so that what runs at a time shares
+// both operands in L2; blocks read the same parts of K' at about the same time for the same reason.
+SS_DEVICE void place_tile(Item& item, int tile, const Shape& shape) {
+  const int of_group = shape.group * shape.token_tiles;
+  const int which = tile / of_group, rest = tile - which * of_group;
+  const int first = which * shape.group;
+  const int width = shape.weight_tiles - first < shape.group ? shape.weight_tiles - first : shape.group;
+  item.token_tile = rest / width;
+  item.weight_tile = first + rest - item.token_tile * width;
+}
+
+// Which of a tile's equal parts of K' is whose.
+SS_DEVICE void take_part(Item& item, int part, const Shape& shape) {
+  const u32 steps = shape.steps;
+  item.first = static_cast<int>(steps * part / shape.splits);
+  item.count = static_cast<int>(steps * (part + 1) / shape.splits) - item.first;
+}
+
+// Whole tiles, then the parts of the others.
 SS_DEVICE Item item_of_tile(int number, const Shape& shape) {
   const int index = blockIdx.x + number * gridDim.x;
   Item item;
@@ -79,21 +96,26 @@ SS_DEVICE Item item_of_tile(int number, const Shape& shape) {
       const int part = index - shape.whole - slot;
       item.sharing = Sharing{part, shape.splits, counter, slot, slot + 1, 1};
       tile = shape.whole + counter;
-      item.first = static_cast<int>(static_cast<u32>(shape.steps) * part / shape.splits);
-      item.count = static_cast<int>(static_cast<u32>(shape.steps) * (part + 1) / shape.splits) - item.first;
+      take_part(item, part, shape);
     }
   }
-  const int of_group = shape.group * shape.token_tiles;
-  const int which = tile / of_group, rest = tile - which * of_group;
-  const int first = which * shape.group;
-  const int width = shape.weight_tiles - first < shape.group ? shape.weight_tiles - first : shape.group;
-  item.token_tile = rest / width;
-  item.weight_tile = first + rest - item.token_tile * width;
+  place_tile(item, tile, shape);
+  return item;
+}
+
+// Tiles of which each block of a cluster has a part.
+SS_DEVICE Item item_of_cluster(int number, const Shape& shape) {
+  const int cluster = blockIdx.x / shape.splits, part = blockIdx.x - cluster * shape.splits;
+  Item item;
+  item.sharing = Sharing{part, shape.splits, 0, 0, 0, 0};
+  take_part(item, part, shape);
+  place_tile(item, cluster + number * (gridDim.x / shape.splits), shape);
   return item;
 }
 
 // What this block does as number `number`.
 SS_DEVICE Item item_of(int number, const Shape& shape) {
+  if constexpr (CLUSTERS) return item_of_cluster(number, shape);
   if (SPLITS && shape.ranges) return item_of_range(number, shape);
   return item_of_tile(number, shape);
 }
@@ -106,6 +128,10 @@ SS_DEVICE int items_of(const Shape& shape) {
     return (begin_of_range(ranges, range + 1) - 1) / steps - begin_of_range(ranges, range) / steps + 1;
   }
   const int tiles = shape.weight_tiles * shape.token_tiles;
+  if constexpr (CLUSTERS) {
+    const int clusters = gridDim.x / shape.splits;
+    return (tiles - static_cast<int>(blockIdx.x / shape.splits) + clusters - 1) / clusters;
+  }
   const int items = SPLITS ? shape.whole + (tiles - shape.whole) * shape.splits : tiles;
   return (items - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
 }

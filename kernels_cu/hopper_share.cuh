@@ -1,4 +1,5 @@
-// Tiles that blocks of hopper_gemm.cu share, each with a part of K': how their sums meet.
+// Tiles that blocks of hopper_gemm.cu share, each with a part of K': how their sums meet in device memory,
+// and what that has in common with clusters (hopper_cluster.cuh).
 #pragma once
 
 #include "hopper_results.cuh"
@@ -14,45 +15,42 @@ constexpr i64 OF_PART = static_cast<i64>(WORKERS) * PIECES * GROUP_THREADS;
 // get a multiprocessor only when this block leaves one.
 constexpr int PATIENCE = 32;
 
-// Where this thread's pieces of a part begin.
-SS_DEVICE uint4* part_of(uint4* partials, const Sharing& sharing, int part, int group, int thread) {
-  const int slot = part ? sharing.second_slot + (part - 1) * sharing.slot_step : sharing.first_slot;
-  return partials + slot * OF_PART + group * PIECES * GROUP_THREADS + thread;
-}
+constexpr u32 SHARERS = WORKERS * GROUP_THREADS;
 
-SS_DEVICE void add_piece(u32* four, const uint4* piece) {
-  const uint4 part = load_shared_by_blocks(piece);
-  four[0] = plus(four[0], part.x), four[1] = plus(four[1], part.y);
-  four[2] = plus(four[2], part.z), four[3] = plus(four[3], part.w);
+// A piece of a part of a tile's sums, which begins in device memory or in a block's shared memory.
+SS_DEVICE uint4 load_piece(const uint4* part, int piece) {
+  return load_shared_by_blocks(part + piece * GROUP_THREADS);
+}
+SS_DEVICE uint4 load_piece(u32 part, int piece) { return cluster_load16(part + piece * (GROUP_THREADS * 16)); }
+
+SS_DEVICE void add_piece(u32* four, const uint4& piece) {
+  four[0] = plus(four[0], piece.x), four[1] = plus(four[1], piece.y);
+  four[2] = plus(four[2], piece.z), four[3] = plus(four[3], piece.w);
 }
 
 // A part of one slice: what the sum begins with, or what is added to it.
-template <bool FIRST>
-SS_DEVICE void add_part(Quads (&sums)[SLICE], const uint4* parts, int slice) {
+template <bool FIRST, typename Part>
+SS_DEVICE void add_part(Quads (&sums)[SLICE], Part part, int slice) {
 #pragma unroll
   for (int i = 0; i < SLICE * BLOCKS; ++i) {
-    const int piece = i / SLICE * (PIECES / BLOCKS) + SLICE * slice + i % SLICE;
     u32* const four = sums[i % SLICE].of[i / SLICE];
+    const uint4 piece = load_piece(part, i / SLICE * (PIECES / BLOCKS) + SLICE * slice + i % SLICE);
     if constexpr (FIRST) {
-      const uint4 part = load_shared_by_blocks(parts + piece * GROUP_THREADS);
-      four[0] = part.x, four[1] = part.y, four[2] = part.z, four[3] = part.w;
+      four[0] = piece.x, four[1] = piece.y, four[2] = piece.z, four[3] = piece.w;
     } else {
-      add_piece(four, parts + piece * GROUP_THREADS);
+      add_piece(four, piece);
     }
   }
 }
 
-// One slice, added up in the order of K'.
-template <bool VECTOR>
-SS_DEVICE void write_slice(uint4* partials, const Sharing& sharing, int group, int thread, int slice,
-                           const Channels& channels, const Target& target, const Shape& shape,
-                           const Epilogue& to) {
+// One slice, added up in the order of K'.  `part_at`: where this thread's pieces of a part begin.
+template <bool VECTOR, typename PartAt>
+SS_DEVICE void write_slice(const PartAt& part_at, int parts, int slice, const Channels& channels,
+                           const Target& target, const Shape& shape, const Epilogue& to) {
   Quads sums[SLICE];
-  add_part<true>(sums, part_of(partials, sharing, 0, group, thread), slice);
+  add_part<true>(sums, part_at(0), slice);
 #pragma unroll 4
-  for (int part = 1; part < sharing.parts; ++part) {
-    add_part<false>(sums, part_of(partials, sharing, part, group, thread), slice);
-  }
+  for (int part = 1; part < parts; ++part) add_part<false>(sums, part_at(part), slice);
   const i64 row_bytes = to.out_stride * OUT_BYTES;
 #pragma unroll
   for (int j = 0; j < SLICE; ++j) {
@@ -61,6 +59,28 @@ SS_DEVICE void write_slice(uint4* partials, const Sharing& sharing, int group, i
                       to.out + token * row_bytes + static_cast<i64>(target.channel) * OUT_BYTES, row_bytes,
                       target.left, shape.tokens - token);
   }
+}
+
+// The slices of one of so many portions of a tile.
+template <typename PartAt>
+SS_DEVICE void write_portion(const PartAt& part_at, int parts, int portion, int portions,
+                             const Channels& channels, const Target& target, const Shape& shape,
+                             const Epilogue& to) {
+  const int each = (SLICES + portions - 1) / portions, first = portion * each;
+#pragma unroll 1
+  for (int slice = first; slice < first + each && slice < SLICES; ++slice) {
+    if (stores_vectors(target, to)) {
+      write_slice<true>(part_at, parts, slice, channels, target, shape, to);
+    } else if (target.left > 0) {
+      write_slice<false>(part_at, parts, slice, channels, target, shape, to);
+    }
+  }
+}
+
+// Where this thread's pieces of a part begin in `partials`.
+SS_DEVICE uint4* part_of(uint4* partials, const Sharing& sharing, int part, int group, int thread) {
+  const int slot = part ? sharing.second_slot + (part - 1) * sharing.slot_step : sharing.first_slot;
+  return partials + slot * OF_PART + group * PIECES * GROUP_THREADS + thread;
 }
 
 // What blocks share tiles through: room for parts, counters of tiles, and two words of shared memory in
@@ -74,7 +94,7 @@ struct Meeting {
 // Each word has its user: threads may still read the one while the other is written.
 constexpr int OF_PORTIONS = 0, OF_SECOND = 1;
 
-constexpr u32 SHARERS = WORKERS * GROUP_THREADS, NO_LIMIT = 0xffffffffu;
+constexpr u32 NO_LIMIT = 0xffffffffu;
 
 // Where two blocks share a tile and the second has left its part already, as a rule where ranges are longer
 // than tiles: `sums` becomes the sum of both, and nothing need be written.  Returns whether it is so.
@@ -89,7 +109,7 @@ SS_DEVICE bool add_second(Sums& sums, const Place& place, int thread, const Meet
   if (there) {
     const uint4* const theirs = part_of(meeting.partials, sharing, 1, place.group, thread);
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) add_piece(sums.of[4 * i / SUMS] + 4 * i % SUMS, theirs + i * GROUP_THREADS);
+    for (int i = 0; i < PIECES; ++i) add_piece(sums.of[4 * i / SUMS] + 4 * i % SUMS, load_piece(theirs, i));
   }
   named_barrier(PART_WRITTEN, SHARERS);
   if (there && speaker) {
@@ -138,7 +158,7 @@ SS_DEVICE void share_tile(const Sums& sums, bool more, const Place& place, int t
   }
   const Target target = target_of(kept_item(place), place, shape);
   const Channels channels = channels_of(to, target.channel, target.left);
-  const int each = (SLICES + static_cast<int>(portions) - 1) / static_cast<int>(portions);
+  const auto part_at = [&](int part) { return part_of(meeting.partials, sharing, part, place.group, thread); };
 #pragma unroll 1
   while (true) {
     if (speaker) meeting.broadcast[OF_PORTIONS] = portion;
@@ -146,15 +166,7 @@ SS_DEVICE void share_tile(const Sums& sums, bool more, const Place& place, int t
     const u32 mine = meeting.broadcast[OF_PORTIONS];
     if (mine >= portions) break;
     if (speaker) portion = K_GROUPS ? portions : atomic_next(counts + 1, NO_LIMIT);
-    const int first = static_cast<int>(mine) * each;
-#pragma unroll 1
-    for (int slice = first; slice < first + each && slice < SLICES; ++slice) {
-      if (stores_vectors(target, to)) {
-        write_slice<true>(meeting.partials, sharing, place.group, thread, slice, channels, target, shape, to);
-      } else if (target.left > 0) {
-        write_slice<false>(meeting.partials, sharing, place.group, thread, slice, channels, target, shape, to);
-      }
-    }
+    write_portion(part_at, parts, mine, portions, channels, target, shape, to);
     named_barrier(PART_WRITTEN, SHARERS);
   }
   // Nobody of this block reads parts any more.  The last to leave clears the counters, at once, so that

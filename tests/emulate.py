@@ -68,10 +68,12 @@ def run(
     order: int = 0,
     together: int = 0,
     linger: int = 0,
+    cluster: int = 1,
 ) -> None:
     """Launch as slidesparse_rt.kernels.launch.Launch does; addresses are host addresses.
 
-    ``order`` of the threads, ``together`` and ``linger``: see tests/emulator/primitives.cuh.
+    ``order`` of the threads, ``together``, ``linger`` and ``cluster``: see
+    tests/emulator/primitives.cuh.
     """
     library = _library(spec)
     values = (ctypes.c_uint64 * _ARGUMENTS)(*(value & (2**64 - 1) for value in arguments))
@@ -87,6 +89,7 @@ def run(
         order,
         together,
         linger,
+        cluster,
     )
     assert trouble == b"", trouble.decode()
 
@@ -131,8 +134,14 @@ class EmulatedCuda:
     def _launch_with_settings(
         self, settings: int, function: int, addresses: Any, extra: Any
     ) -> int:
-        words = struct.unpack("<7I", ctypes.string_at(settings, 28))
-        return self._launch(function, *words, None, addresses, extra)
+        # CUlaunchConfig of cuda.h: grid, block, bytes, stream, attributes and how many there are.
+        *words, attributes, count = struct.unpack("<7I4x8xQI", ctypes.string_at(settings, 52))
+        cluster = 1
+        for index in range(count):
+            kind, value = struct.unpack("<i4xI", ctypes.string_at(attributes + 72 * index, 12))
+            if kind == 4:  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+                cluster = value
+        return self._launch(function, *words, None, addresses, extra, cluster=cluster)
 
     def cuTensorMapEncodeTiled(self, location: int, *rest: Any) -> None:  # noqa: N802
         """What tests/emulator/hopper.cuh reads of a tensor map."""
@@ -146,7 +155,7 @@ class EmulatedCuda:
         words = (address, *extents, strides[0], *box, size)
         ctypes.memmove(location, struct.pack("<7q", *words), 56)
 
-    def _launch(self, function: int, *rest: Any) -> int:
+    def _launch(self, function: int, *rest: Any, cluster: int = 1) -> int:
         blocks, _, _, width, height, _, shared, _, addresses, _ = rest
         spec = self._machine.specs[function]
         layout = {
@@ -163,8 +172,9 @@ class EmulatedCuda:
             for code, address in zip(layout, addresses[len(maps) :], strict=True)
         ]
         self._machine.launches.append((spec, blocks, width, height, shared))
+        assert blocks % cluster == 0
         machine = self._machine
-        extra = {"together": machine.together, "linger": machine.linger}
+        extra = {"together": machine.together, "linger": machine.linger, "cluster": cluster}
         run(spec, blocks, width, height, shared, *values, order=machine.order, **extra)
         return 0
 

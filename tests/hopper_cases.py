@@ -27,7 +27,9 @@ def shipped() -> list[HopperConfig]:
             for slid_bytes in (256, 512, 1024, 2048, 1 << 16):
                 for sm_count in SM_COUNTS:
                     for config in configurations(n, slid_bytes, tokens, sm_count):
-                        found[replace(config, tile_group=8)] = None
+                        # One kernel is for clusters of any size.
+                        size = 3 if config.cluster else 0
+                        found[replace(config, tile_group=8, cluster=size)] = None
     return list(found)
 
 

@@ -157,8 +157,8 @@ def test_a_time_budget_is_shared(
     assert code == 0
     report = json.loads(out)
     assert [list(row["us"]) for row in report["weights"]] == [
-        ["1", "16384"],
-        ["1", "16384"],
+        ["1", "32768"],
+        ["1", "32768"],
         ["1"],
     ]
     assert report["unfinished"] == [f"8 x 16, 6:8, {name}" for name in ("int8", "bf16", "fp16")]

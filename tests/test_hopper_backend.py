@@ -247,7 +247,9 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
         assert launch["values"][5] == N
         assert launch["values"][8:10] == [bucket, N]
         splits, ranges = launch["values"][-4:-2]
-        assert (splits > 1 or ranges > 0) == config.split
+        assert (splits > 1 or ranges > 0) == (config.split or config.cluster > 0)
+        clusters = [size for kind, size in launch["attributes"] if kind == 4]
+        assert clusters == ([config.cluster] if config.cluster else [])
         assert (ranges > 0) == config.even
         places.add((launch["values"][0], *launch["values"][4:8:3]))
     # One result and one row of counters for all, and nothing kept afterwards.

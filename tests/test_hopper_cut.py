@@ -60,7 +60,8 @@ def constants(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
     bytes_of = re.search(r"constexpr int bytes_of\(int type\) \{.*?\n\}", numbers, re.DOTALL)
     assert bytes_of is not None
     body = between("constexpr int TOKENS", "// Names of barriers")
-    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "KGROUPS", "SPLITS", "EACHLANE", "STAGES")
+    names = ("TYPE", "OUT", "TOKENS", "BLOCKS", "GROUPS", "STAGES")
+    names += ("KGROUPS", "SPLITS", "CLUSTERS", "EACHLANE")
     parameters = ", ".join(f"int SS_{name}" for name in names)
     shown = ", ".join(f'\\"{name}\\": %d' for name in PRINTED)
     given_ = ", ".join(f"(int)Kernel::{name}" for name in PRINTED)
@@ -95,7 +96,7 @@ def test_shared_memory_is_what_the_kernel_adds_up(config, constants):
         for out_type in OUT_TYPES:
             of = constants[config.name, dtype, out_type]
             # Two barriers of 8 bytes a stage, one of the warpgroups' sums, and two words that one
-            # thread tells the others.
+            # thread tells the others; or two barriers of the cluster.
             used = of["BARRIERS"] + 16 * config.stages + 8 + 8
             assert used <= config.shared_bytes <= hopper_tiles.HOPPER_SHARED_BYTES
             assert of["STAGE_BYTES"] <= config.stage_bytes
@@ -132,32 +133,40 @@ def test_every_part_of_a_product_is_worked_on_once(tmp_path):
     schedule = SOURCE.headers["hopper_schedule.cuh"]
     text = schedule[schedule.index("struct Shape {") :]
     steps = 11
-    #: weight tiles, token tiles, group, whole tiles, splits, ranges, blocks
+    #: weight tiles, token tiles, group, whole tiles, splits, ranges, blocks, whether in clusters
     products = [
-        (*tiles, group, tiles[0] * tiles[1] - rest, splits, 0, blocks)
+        (*tiles, group, tiles[0] * tiles[1] - rest, splits, 0, blocks, False)
         for tiles in ((1, 1), (2, 1), (7, 2), (9, 5), (17, 2))
         for group in (1, 8, 16)
         for splits in (1, 2, 3, 11)
         for rest in {0, 1, tiles[0] * tiles[1]}
         for blocks in (1, 6)
         if blocks <= tiles[0] * tiles[1] - rest + rest * splits
-    ] + [
-        (weight, token, 8, weight * token, 1, ranges, ranges * token)
+    ]
+    products += [
+        (weight, token, 8, weight * token, 1, ranges, ranges * token, False)
         for weight, token in ((1, 1), (2, 1), (7, 2), (9, 5), (17, 2))
         for ranges in (1, 2, 3, 4, 5, 11, 14, 66)
         if ranges <= weight * steps // 2
     ]
+    products += [
+        (weight, token, 8, 0, cluster, 0, cluster * clusters, True)
+        for weight, token in ((1, 1), (2, 1), (7, 2), (9, 5))
+        for cluster in (2, 3, 8)
+        for clusters in (1, 4, 14)
+        if clusters <= weight * token
+    ]
     calls = "\n".join(
-        f"show<{'true' if splits > 1 or ranges else 'false'}>({{0, 0, {steps}, 0, "
-        f"{weight}, {token}, {group}, {whole}, {splits}, {ranges}}}, {blocks});"
-        for weight, token, group, whole, splits, ranges, blocks in products
+        f"show<{int(not clusters and (splits > 1 or ranges > 0))}, {int(clusters)}>("
+        f"{{0, 0, {steps}, 0, {weight}, {token}, {group}, {whole}, {splits}, {ranges}}}, {blocks});"
+        for weight, token, group, whole, splits, ranges, blocks, clusters in products
     )
     program = f"""
     #include <cstdio>
     using u32 = unsigned;
     #define SS_DEVICE static
     static struct {{ unsigned x; }} blockIdx, gridDim;
-    template <bool SPLITS> struct Order {{
+    template <bool SPLITS, bool CLUSTERS> struct Order {{
     {text}
     static void show(Shape shape, int blocks) {{
       gridDim.x = blocks;
@@ -173,15 +182,16 @@ def test_every_part_of_a_product_is_worked_on_once(tmp_path):
       std::printf("end\\n");
     }}
     }};
-    template <bool SPLITS> void show(typename Order<SPLITS>::Shape shape, int blocks) {{
-      Order<SPLITS>::show(shape, blocks);
+    template <bool SPLITS, bool CLUSTERS>
+    void show(typename Order<SPLITS, CLUSTERS>::Shape shape, int blocks) {{
+      Order<SPLITS, CLUSTERS>::show(shape, blocks);
     }}
     int main() {{ {calls} }}
     """
     runs = built(tmp_path, program).split("end\n")[:-1]
     assert len(runs) == len(products)
     for product, run in zip(products, runs, strict=True):
-        weight_tiles, token_tiles, _, whole, splits, ranges, blocks = product
+        weight_tiles, token_tiles, _, whole, splits, ranges, blocks, clusters = product
         done: Counter[tuple[int, int, int]] = Counter()
         shared: dict[int, list[tuple[int, ...]]] = {}
         slots: list[int] = []
@@ -192,7 +202,12 @@ def test_every_part_of_a_product_is_worked_on_once(tmp_path):
             assert (parts > 1) == (count < steps)
             done.update((weight, token, step) for step in range(first, first + count))
             of_block[block] += count
-            if parts > 1:
+            if clusters:
+                # One cluster has all parts of a tile, each block its own.
+                assert (parts, part) == (splits, block % splits)
+                tile = (block // splits * token_tiles + token) * weight_tiles + weight
+                shared.setdefault(tile, []).append((part, first, weight, token, parts))
+            elif parts > 1:
                 shared.setdefault(counter, []).append((part, first, weight, token, parts))
                 slots.append(slot)
         assert set(done.values()) == {1}
@@ -205,7 +220,7 @@ def test_every_part_of_a_product_is_worked_on_once(tmp_path):
             assert len(of_block) == blocks
             assert all(0 <= slot < 2 * blocks for slot in slots)
             assert all(0 <= counter < blocks for counter in shared)
-        else:
+        elif not clusters:
             assert all(0 <= slot < (weight_tiles * token_tiles - whole) * splits for slot in slots)
             if splits > 1:
                 assert sorted(shared) == list(range(weight_tiles * token_tiles - whole))
@@ -235,13 +250,23 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
     assert len(found) == len(set(found))
     kernels = FakeKernels(sm_count)
     for config in found:
-        assert steps >= config.turns
+        assert steps >= config.least_steps
         cut = tiling(config, n, slid_bytes, bucket, sm_count)
         # Whole panels, whose blocks of 64 channels lie inside each other.
         rows = -(-n // PANEL_ROWS) * PANEL_ROWS
         assert (cut.weight_tiles - 1) * config.rows < rows <= cut.weight_tiles * config.rows
         assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
         assert cut.tiles == cut.weight_tiles * cut.token_tiles
+        # What was timed for a bucket also runs fewer tokens.
+        for tokens in (bucket // 2 + 1, bucket):
+            HopperGemm(kernels, "int8", "float32", n, slid_bytes, slid_bytes, tokens, config)
+        if config.cluster:
+            # All tiles at a time, and nothing in device memory.
+            assert cut.blocks == config.cluster * cut.tiles <= sm_count
+            assert (cut.whole, cut.splits, cut.ranges) == (0, config.cluster, 0)
+            assert cut.counters == cut.partial_bytes == 0
+            assert steps // cut.splits >= 2
+            continue
         assert config.even or cut.blocks == min(cut.items, sm_count)
         assert config.split == (cut.splits > 1 or cut.ranges > 0)
         assert config.even == (cut.ranges > 0)
@@ -259,9 +284,6 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         assert cut.counters == hopper_tiles.COUNTERS_A_TILE * rest
         assert cut.items == cut.whole + rest * cut.splits
         assert cut.partial_bytes == rest * cut.splits * 4 * config.rows * config.tokens
-        # What was timed for a bucket also runs fewer tokens.
-        for tokens in (bucket // 2 + 1, bucket):
-            HopperGemm(kernels, "int8", "float32", n, slid_bytes, slid_bytes, tokens, config)
 
 
 @given(st.integers(1, 700), st.sampled_from(CONFIGS))
@@ -322,6 +344,46 @@ def test_equal_ranges_are_for_a_few_rounds_of_tiles():
 def test_equal_ranges_are_a_way_to_split_what_warpgroups_do_not_share(others):
     with pytest.raises(OptionError, match=r"without split, or with k_groups"):
         HopperConfig(64, 1, 2, even=True, **others)
+
+
+def test_clusters_are_for_fewer_tiles_than_multiprocessors():
+    def sizes(n, tokens, sm_count=132, steps=21):
+        found = configurations(n, 256 * steps, tokens, sm_count)
+        return {config.tokens: config.cluster for config in found if config.cluster}
+
+    assert sizes(3584, 256) == {128: 4, 160: 4, 192: 4}  # 28 tiles each
+    assert sizes(3584, 128) == {64: 4, 128: 8}
+    assert sizes(3584, 128, steps=5) == {64: 2, 128: 2}  # two steps each
+    assert sizes(37_888, 256) == {}
+    assert sizes(3584, 256, sm_count=16) == {}  # a part of a GPU
+    sums = {config.tokens: config.gathers for config in CONFIGS if not config.k_groups}
+    assert all(sums.values())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cluster": 1},
+        {"cluster": 9},
+        {"cluster": 2, "split": True},
+        {"cluster": 2, "split": True, "even": True},
+        {"cluster": 2, "blocks": 1, "k_groups": True},
+    ],
+)
+def test_clusters_that_there_cannot_be(settings):
+    with pytest.raises(
+        OptionError, match=r"clusters of \d blocks were asked for; allowed are 2 to 8"
+    ):
+        HopperConfig(**{"tokens": 64, "blocks": 2, **settings})
+
+
+def test_a_cluster_needs_a_step_of_k_for_each_block():
+    with pytest.raises(
+        OptionError, match=r"clusters of 4 needs 4 steps of 256 bytes of K'.* are 3"
+    ):
+        HopperGemm(
+            FakeKernels(132), "int8", "float32", 70, 768, 768, 5, HopperConfig(64, 2, cluster=4)
+        )
 
 
 def test_tiles_have_as_many_counters_as_the_kernel_counts_in():

@@ -134,7 +134,7 @@ def test_every_tile_is_exact(number: int) -> None:
     )
     rng = np.random.default_rng(number)
     dtype, out_type = DTYPES[number % len(DTYPES)], OUT_TYPES[number % len(OUT_TYPES)]
-    steps = 7 if config.split else config.turns
+    steps = 7 if config.split else config.least_steps
     least = 256 * steps - 240
     # Two tiles of channels, so that every multiprocessor has more than one tile.
     n = config.rows + 72
@@ -231,6 +231,26 @@ def test_equal_ranges(
     product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
     cut = tiling(config, n, product.slid_bytes, m, sm_count)
     assert cut.ranges == (ranges or sm_count // cut.token_tiles)
+    check_product(machine, product, config, "bfloat16", n)
+
+
+@pytest.mark.parametrize("order", [{}, *ORDERS], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "cluster", "sm_count", "n", "m", "steps"),
+    [
+        (32, 2, 2, 300, 70, 5),  # one cluster for all tiles
+        (64, 3, 9, 700, 100, 7),  # clusters with several tiles, and with one more than others
+        (128, 5, 10, 300, 10, 5),  # hardly any K'
+        (160, 8, 16, 500, 170, 19),  # more blocks than there are slices to add up for some
+        (32, 8, 8, 70, 5, 64),
+    ],
+)
+def test_clusters(
+    tokens: int, cluster: int, sm_count: int, n: int, m: int, steps: int, order: dict[str, Any]
+) -> None:
+    config = HopperConfig(tokens, 2, cluster=cluster)
+    machine = EmulatedMachine(shared_bytes=HOPPER_SHARED_BYTES, sm_count=sm_count, **order)
+    product = Product(np.random.default_rng(8), "int8", n, 256 * steps - 32, m, bias=True)
     check_product(machine, product, config, "bfloat16", n)
 
 

@@ -95,6 +95,19 @@ def test_a_launch_says_everything(kernels, dtype, out_type):
     ]
 
 
+@pytest.mark.parametrize(("tokens", "early"), [(40, [(6, 1)]), (5000, [])])
+def test_clusters_are_asked_for(kernels, tokens, early):
+    """8 tiles, or 628 for 26 clusters of 5; nothing meets in device memory."""
+    config = HopperConfig(32, 2, cluster=5)
+    gemm = HopperGemm(kernels, "int8", "bfloat16", 1000, 4096, 4096, tokens, config)
+    assert gemm.tiling.partial_bytes == gemm.tiling.counters == 0
+    gemm(*OPERANDS, 0x6000, 1000, *REST)
+    (launch,) = kernels.cuda.launches
+    assert launch["blocks"] == 5 * min(4 * -(-tokens // 32), 26)
+    assert launch["attributes"] == [*early, (4, 5)]
+    assert launch["values"][-5:-2] == [0, 5, 0]  # whole tiles, splits, ranges
+
+
 def test_drivers_that_lose_it_in_graphs_are_not_asked_for_an_early_start(kernels):
     kernels.cuda.driver_version = 12020
     gemm = HopperGemm(kernels, "int8", "bfloat16", 256, 512, 512, 40, HopperConfig(32, 2))
@@ -219,7 +232,7 @@ def test_each_warpgroup_has_a_step(kernels, config, steps, turns):
         HopperGemm(kernels, "int8", "float32", 64, *sizes, config)
     assert str(caught.value) == (
         f"{config.name} needs {turns} steps of 256 bytes of K', but there are {steps}; use a "
-        f"configuration whose warpgroups do not share K'"
+        f"configuration that does not share K'"
     )
     longer = (256 * turns, 256 * turns, 1)
     HopperGemm(kernels, "int8", "float32", 64, *longer, config)

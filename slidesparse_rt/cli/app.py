@@ -276,8 +276,8 @@ def tune(
         ),
     ] = True,
     most_tokens: Annotated[
-        int, typer.Option(help="The largest number of tokens: 1, 16, 32, ... 16384.")
-    ] = 16384,
+        int, typer.Option(help="The largest number of tokens: 1, 16, 32, ... 32768.")
+    ] = 32768,
     cold_tokens: Annotated[
         int,
         typer.Option(

@@ -296,6 +296,7 @@ def hopper_gemm(
     k_groups: bool,
     stages: int,
     splits: bool,
+    clusters: bool,
     each_lane: bool = False,
 ) -> KernelSpec:
     """Return the sparse GEMM for Hopper.
@@ -306,8 +307,9 @@ def hopper_gemm(
         Operand: "int8", "fp8_e4m3", "bf16" or "fp16".
     out_type:
         "float32", "float16" or "bfloat16".
-    tokens, blocks, groups, k_groups, splits:
-        See :class:`slidesparse_rt.kernels.hopper_tiles.HopperConfig`.
+    tokens, blocks, groups, k_groups, splits, clusters:
+        See :class:`slidesparse_rt.kernels.hopper_tiles.HopperConfig`; one kernel is for clusters of
+        any size.
     stages:
         Stages of tokens in shared memory.
     each_lane:
@@ -329,6 +331,7 @@ def hopper_gemm(
         KGROUPS=int(k_groups),
         STAGES=stages,
         SPLITS=int(splits),
+        CLUSTERS=int(clusters),
         EACHLANE=int(each_lane),
     )
 

@@ -26,9 +26,9 @@ __all__ = [
     "starts_early",
 ]
 
-#: cuda.h: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, and the first driver that keeps
-#: it in graphs.
-_EARLY_START = 6
+#: cuda.h: CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, ..._PROGRAMMATIC_STREAM_SERIALIZATION, and the
+#: first driver that keeps the latter in graphs.
+_CLUSTER, _EARLY_START = 4, 6
 _EARLY_START_IN_GRAPHS = 12030
 #: Bytes of the words that :attr:`FixedLaunch.words` counts.
 _WORD = 8
@@ -40,8 +40,8 @@ class _LaunchAttribute(ctypes.Structure):
     _fields_ = (
         ("kind", ctypes.c_int),
         ("_gap", ctypes.c_char * 4),
-        ("value", ctypes.c_int),
-        ("_rest", ctypes.c_char * 60),
+        ("value", ctypes.c_int * 3),
+        ("_rest", ctypes.c_char * 52),
     )
 
 
@@ -90,6 +90,8 @@ class FixedLaunch:
     early:
         Whether the kernel may begin before the one launched before it on the stream is over, for
         which it waits by itself (programmatic dependent launch).
+    cluster:
+        Blocks of a cluster, of which there are a whole number; 1: none are asked for.
 
     Attributes
     ----------
@@ -104,7 +106,7 @@ class FixedLaunch:
     """
 
     __slots__ = (
-        "_attribute",
+        "_attributes",
         "_codes",
         "_cuda",
         "_offsets",
@@ -126,6 +128,7 @@ class FixedLaunch:
         *,
         maps: int = 0,
         early: bool = False,
+        cluster: int = 1,
     ) -> None:
         self._cuda = cuda
         self._codes, self._offsets = layout, argument_offsets(layout)
@@ -139,13 +142,19 @@ class FixedLaunch:
             *[None] * maps, *(start + offset for offset in self._offsets)
         )
         blocks, width, height, shared = shape
-        self._attribute = _LaunchAttribute(kind=_EARLY_START, value=1)
-        self._settings = _LaunchSettings(
-            grid=(blocks, 1, 1), block=(width, height, 1), shared=shared
-        )
+        asked = []
         if early:
-            self._settings.attributes = ctypes.pointer(self._attribute)
-            self._settings.attribute_count = 1
+            asked.append(_LaunchAttribute(kind=_EARLY_START, value=(1, 0, 0)))
+        if cluster > 1:
+            asked.append(_LaunchAttribute(kind=_CLUSTER, value=(cluster, 1, 1)))
+        self._attributes = (_LaunchAttribute * len(asked))(*asked)
+        self._settings = _LaunchSettings(
+            grid=(blocks, 1, 1),
+            block=(width, height, 1),
+            shared=shared,
+            attributes=self._attributes,
+            attribute_count=len(asked),
+        )
         self.stream = 0
         self.run: Callable[[], int] = cuda.repeated(
             "cuLaunchKernelEx",

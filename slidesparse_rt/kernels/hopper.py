@@ -118,10 +118,10 @@ class HopperGemm:
                 f"rows of {slid_bytes} and {row_bytes} bytes; allowed are multiples of "
                 f"{STEP_BYTES} and of 16, the second not larger than the first"
             )
-        if steps < config.turns:
+        if steps < config.least_steps:
             raise OptionError(
-                f"{config.name} needs {config.turns} steps of {STEP_BYTES} bytes of K', but there "
-                f"are {steps}; use a configuration whose warpgroups do not share K'"
+                f"{config.name} needs {config.least_steps} steps of {STEP_BYTES} bytes of K', but "
+                f"there are {steps}; use a configuration that does not share K'"
             )
         cut = tiling(config, n, slid_bytes, tokens, kernels.limits.sm_count)
         if cut.items > MAX_INT // 2 or tokens > MAX_INT - 256 or steps > MAX_INT // MOST_SPLITS:
@@ -238,6 +238,7 @@ class HopperGemm:
             ),
             maps=2,
             early=self._early,
+            cluster=max(1, self.config.cluster),
         )
         return FixedGemm(self, launch, token_map)
 

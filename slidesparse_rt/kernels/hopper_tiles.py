@@ -13,6 +13,7 @@ __all__ = [
     "GROUP_THREADS",
     "HOPPER_COUNTERS",
     "HOPPER_SHARED_BYTES",
+    "MOST_CLUSTER",
     "MOST_SPLITS",
     "HopperConfig",
     "Tiling",
@@ -42,9 +43,15 @@ _MANY_TOKENS = 1024
 #: Parts of K' at most; a block has at least so many steps of it.
 MOST_SPLITS = 16
 _LEAST_STEPS = 2
+#: Blocks of a cluster at most, so that any GPU can hold it; and multiprocessors from which on there
+#: are clusters: the parts of a GPU (MIG) may have none of that size.
+MOST_CLUSTER = 8
+_CLUSTERS_FROM = 64
 #: To choose the number of parts: bytes a clock of operands from L2 (docs/hopper-kernel.md, "The
 #: budget") and of sums that blocks write and read; clocks around each tile and around each part.
 _INGRESS, _WRITTEN, _READ, _TILE_CLOCKS, _PART_CLOCKS = 64, 32, 64, 3000, 10000
+#: The same of sums that meet in shared memory: bytes a clock, and clocks around each tile.
+_EXCHANGED, _CLUSTER_CLOCKS = 32, 4000
 #: Rounds of whole tiles up to which the last one matters.
 _MOST_ROUNDS = 14
 #: Highest tile of tokens that blocks share: the next leaves no registers for it.
@@ -80,6 +87,9 @@ class HopperConfig:
     even:
         Whether the K' of all channels is cut into equal ranges instead, wherever tiles begin and
         end; with ``split``, without ``k_groups``.
+    cluster:
+        Blocks of a cluster, which share each tile and add up their sums in shared memory, 2 to 8;
+        0: there are none.  Without ``split``, ``k_groups``, and tiles whose sums do not fit there.
     """
 
     tokens: int
@@ -89,13 +99,27 @@ class HopperConfig:
     split: bool = False
     tile_group: int = _BESIDE
     even: bool = False
+    cluster: int = 0
 
     def __post_init__(self) -> None:
+        able = 2 <= self.cluster <= MOST_CLUSTER and self.gathers and not self.split
+        if self.cluster and not able:
+            raise OptionError(
+                f"clusters of {self.cluster} blocks were asked for; allowed are 2 to "
+                f"{MOST_CLUSTER}, without split and k_groups, for tiles whose sums fit where their "
+                "stages and results were"
+            )
         if self.even and (self.k_groups or not self.split):
             raise OptionError(
                 "equal ranges of K' (even) were asked for without split, or with k_groups; they "
                 "are a way to split K' among blocks, for tiles of which warpgroups share none"
             )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether blocks of a cluster can share its tiles: their sums fit where stages were."""
+        room = self.stages * self._stage_bytes(2) + self.results_bytes
+        return not self.k_groups and self.rows * self.tokens * 4 <= room
 
     @property
     def rows(self) -> int:
@@ -106,6 +130,11 @@ class HopperConfig:
     def turns(self) -> int:
         """Warpgroups that take turns at K': of every so many steps, one has one."""
         return self.groups if self.k_groups else 1
+
+    @property
+    def least_steps(self) -> int:
+        """Steps of 256 bytes that K' must have, so that everybody who shares it has one."""
+        return max(self.turns, self.cluster)
 
     @property
     def threads(self) -> int:
@@ -120,13 +149,18 @@ class HopperConfig:
         return (self.groups - 1) * self.blocks * self.tokens // 2 * GROUP_THREADS * 4
 
     @property
+    def results_bytes(self) -> int:
+        """Shared memory through which results leave."""
+        # Two buffers a warp, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
+        return self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
+
+    @property
     def extra_bytes(self) -> int:
         """Shared memory beside the stages: results, token scales, items, sums, barriers."""
-        # Two buffers a warp, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
-        results = self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
-        barriers = _MOST_STAGES * 16 + 16  # and two words that one thread tells the others
+        # And two words that one thread tells the others, or barriers of a cluster.
+        barriers = _MOST_STAGES * 16 + 16
         of_warps = self.groups * 4 * (self.tokens * 4 + _ITEM_BYTES)
-        return results + of_warps + self.gather_bytes + barriers
+        return self.results_bytes + of_warps + self.gather_bytes + barriers
 
     @property
     def stages(self) -> int:
@@ -144,7 +178,10 @@ class HopperConfig:
     @property
     def stage_bytes(self) -> int:
         """Shared memory of a stage: tokens and weights (of 8 bits, which have more metadata)."""
-        units = self.rows // 64 * unit_bytes(1)
+        return self._stage_bytes(1)
+
+    def _stage_bytes(self, size: int) -> int:
+        units = self.rows // 64 * unit_bytes(size)
         return self.tokens * STAGE_BYTES + -(-units // _STAGE_ALIGNMENT) * _STAGE_ALIGNMENT
 
     def chunk(self, out_bytes: int) -> int:
@@ -166,6 +203,7 @@ class HopperConfig:
             "k_groups": self.k_groups,
             "stages": self.stages,
             "splits": self.split,
+            "clusters": self.cluster > 0,
         }
 
     @property
@@ -174,6 +212,8 @@ class HopperConfig:
         shared = f", {self.groups} warpgroups share K'" if self.k_groups else ""
         way = "equal ranges of" if self.even else "the last share"
         split = f", {way} K'" if self.split else ""
+        if self.cluster:
+            split = f", clusters of {self.cluster}"
         beside = f", {self.tile_group} tiles side by side" if self.tile_group != _BESIDE else ""
         return f"{self.rows}x{self.tokens}{shared}{split}{beside}"
 
@@ -187,7 +227,8 @@ class Tiling:
     weight_tiles, token_tiles:
         Tiles along N and along M.
     whole, splits:
-        Tiles that one block works on, the first ones, and by how many blocks each other is shared.
+        Tiles that one block works on, the first ones, and by how many blocks each other is shared:
+        with clusters all of them, each by one cluster.
     ranges:
         Or the equal ranges of K' of all channels, of each of which every tile of tokens has a
         block; 0 where there are none.
@@ -218,6 +259,8 @@ class Tiling:
     @property
     def counters(self) -> int:
         """How many 32-bit counters, zero before the first launch, shared tiles need."""
+        if not self.partial_bytes:
+            return 0  # nothing meets in device memory
         return COUNTERS_A_TILE * (self.blocks if self.ranges else self.shared)
 
     @property
@@ -233,6 +276,9 @@ def tiling(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
     weight_tiles, token_tiles = -(-rows // config.rows), -(-tokens // config.tokens)
     tiles = weight_tiles * token_tiles
     steps, tile_bytes = slid_bytes // STEP_BYTES, config.rows * config.tokens * 4
+    if config.cluster:
+        blocks = config.cluster * max(1, min(tiles, sm_count // config.cluster))
+        return Tiling(weight_tiles, token_tiles, 0, config.cluster, 0, blocks, 0)
     if config.even:
         ranges = _ranges(weight_tiles, token_tiles, steps, sm_count)
         if ranges:
@@ -305,6 +351,11 @@ def clocks(config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count:
     """
     cut = tiling(config, n, slid_bytes, tokens, sm_count)
     steps = slid_bytes // STEP_BYTES
+    if config.cluster:
+        rounds = -(-cut.tiles // (cut.blocks // config.cluster))
+        exchanged = config.rows * config.tokens * 4 / _EXCHANGED
+        of_part = _tile_clocks(config, steps) / config.cluster
+        return rounds * (of_part + exchanged + _CLUSTER_CLOCKS)
     if cut.ranges:
         of_range = _tile_clocks(config, steps) * cut.weight_tiles / cut.ranges
         return of_range + 2 * _part_clocks(config)
@@ -330,6 +381,8 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
             found.append(HopperConfig(width, 1, 4, True))
         if tokens > _LOW_TILES[0]:
             found.append(HopperConfig(width, 2))
+        if width == _FEW_TOKENS:
+            found.append(HopperConfig(width // 2, 2))  # more blocks read the weight
     elif tokens <= _MANY_TOKENS:
         found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
         found += [HopperConfig(width, 2) for width in _HIGH_TILES]
@@ -338,6 +391,7 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     for config in tuple(found):
         if config.tokens > _MOST_SHARED:
             continue
+        found += _clustered(config, n, slid_bytes, tokens, sm_count)
         cut = tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count)
         if cut.splits > 1 and cut.whole <= _MOST_ROUNDS * sm_count:
             found.append(replace(config, split=True))
@@ -350,4 +404,19 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     if tokens > _MANY_TOKENS:
         found.append(HopperConfig(_HIGH_TILES[-1], 2, tile_group=16))
     steps = slid_bytes // STEP_BYTES
-    return [config for config in found if steps >= config.turns] or [HopperConfig(128, 2)]
+    return [config for config in found if steps >= config.least_steps] or [HopperConfig(128, 2)]
+
+
+def _clustered(
+    config: HopperConfig, n: int, slid_bytes: int, tokens: int, sm_count: int
+) -> list[HopperConfig]:
+    """The same with clusters, where there are too few tiles for all multiprocessors.
+
+    Of the largest size with which all tiles are worked on at a time, and of one less: clusters lie
+    within a part of the GPU, so that not all multiprocessors can have one.
+    """
+    if not config.gathers or sm_count < _CLUSTERS_FROM:
+        return []
+    tiles, steps = tiling(config, n, slid_bytes, tokens, sm_count).tiles, slid_bytes // STEP_BYTES
+    most = min(MOST_CLUSTER, sm_count // tiles, steps // _LEAST_STEPS)
+    return [replace(config, cluster=size) for size in range(max(2, most - 1), most + 1)]

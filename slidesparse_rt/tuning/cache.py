@@ -35,8 +35,9 @@ _SCHEMA, _VERSION = "slidesparse_rt.tuning", 1
 _LIBRARIES = ("cusparseLt", "cublasLt", "nvrtc")
 #: Changes with rules that times depend on and no kernel's source shows: which caches are emptied
 #: (2: not for weights below 1 MiB), when a kernel may start early (2: not where much is shared),
-#: how products are cut (3: blocks share tiles in two ways, by the number of tokens).
-_RULES = 3
+#: how products are cut (3: blocks share tiles in two ways, by the number of tokens; 4: or as
+#: clusters).
+_RULES = 4
 #: Sources of the kernels that are in what is measured.
 _SOURCES = ("quantize_lift.cu", "dequantize.cu", "hopper_gemm.cu")
 

@@ -58,7 +58,7 @@ class MeasureOptions:
     Attributes
     ----------
     most_tokens:
-        The largest number of tokens, one of 1, 16, 32, 64, ... 16384.
+        The largest number of tokens, one of 1, 16, 32, 64, ... 32768.
     cold_tokens:
         Up to so many tokens the level-2 cache is emptied before each replay, for weights of
         :data:`~slidesparse_rt.tuning.table.COLD_BYTES` and more; 0: never.

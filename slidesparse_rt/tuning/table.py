@@ -16,12 +16,12 @@ from ..errors import OptionError
 
 __all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
-#: Numbers of tokens that are measured: those for which backends time their algorithms, one token,
-#: which decoding has, and from 256 on one between each two, for tiles are whole and times no
-#: straight lines.
+#: Numbers of tokens that are measured: those for which backends time their algorithms, twice the
+#: last of them, one token, which decoding has, and from 256 on one between each two, for tiles are
+#: whole and times no straight lines.
 BUCKETS = (
     *(1, 16, 32, 64, 128, 256, 384, 512, 768, 1024),
-    *(1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384),
+    *(1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768),
 )
 #: The backend that uses no zeros.
 DENSE = "dense"

@@ -72,6 +72,7 @@ inline void reset_engine() {
   engine = Engine{};
 }
 inline std::map<unsigned, Engine> engines;  // of blocks that are put aside
+inline Engine& engine_of(unsigned block) { return block == machine.block.x ? engine : engines[block]; }
 inline void change_engine(unsigned block) { std::swap(engine, engines[block]); }
 inline const int registered =
     (machine.at_edges.push_back(reset_engine), machine.at_switch.push_back(change_engine), 0);
@@ -133,6 +134,34 @@ inline void named_barrier(u32 name, u32 threads) {
   while (engine.named[name].phase == phase) give_way();
   for (int i = 0; machine.running / 128 % 2 == 1 && i < machine.linger; ++i) give_way();
 }
+
+// --- clusters -------------------------------------------------------------------------------------
+
+inline void cluster_sync() {
+  const int threads = static_cast<int>(machine.block_size.x * machine.block_size.y) * machine.cluster;
+  wait_at(machine.meetings.emplace(machine.block.x / machine.cluster, Barrier{threads, 0, 0}).first->second);
+}
+// An address, and one more than the block's number in its cluster above it.
+constexpr u32 OF_RANK = 1u << 24;
+inline u32 shared_of_block(u32 address, u32 rank) {
+  if (rank >= static_cast<u32>(machine.cluster)) complain("no such block in the cluster");
+  return address + (rank + 1) * OF_RANK;
+}
+inline unsigned block_of_cluster(u32 there) {
+  const unsigned block = machine.block.x / machine.cluster * machine.cluster + there / OF_RANK - 1;
+  if (!is_running(block)) complain("shared memory of a block that has ended");
+  return block;
+}
+inline uint4 cluster_load16(u32 there) {
+  uint4 v;
+  std::memcpy(&v, shared_base_of(block_of_cluster(there)) + (shared_at(there % OF_RANK, 16) - machine.shared_base), 16);
+  return v;
+}
+inline void cluster_arrive(u32 there) {
+  arrive(engine_of(block_of_cluster(there)).barriers.at(there % OF_RANK));
+  give_way();
+}
+inline void cluster_wait(u32 barrier, u32 parity) { barrier_wait(barrier, parity); }
 
 // --- the copy engine ------------------------------------------------------------------------------
 

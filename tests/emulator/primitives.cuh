@@ -1,7 +1,7 @@
 // The functions of kernels_cu/primitives.cuh for a CPU, and what else the kernels use of CUDA.
 //
-// A CUDA thread is a fiber; the fibers of a block take turns at barriers, and blocks run one after
-// another.  Shared memory is poisoned before every block; accesses to it are checked for bounds and
+// A CUDA thread is a fiber; the fibers of a block take turns at barriers, and blocks, or clusters, run one
+// after another.  Shared memory is poisoned before every block; accesses to it are checked for bounds and
 // alignment, and 16-byte and 8-byte loads of global memory for alignment.  tests/emulate.py drives it.
 #pragma once
 
@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -59,6 +60,8 @@ struct Machine {
   std::vector<void (*)()> at_edges;  // called before each block and after the last
   std::vector<void (*)(unsigned)> at_switch;  // a block is put aside or taken up again
   int others_turns = 0, linger = 0;
+  int cluster = 1;                       // blocks of a cluster
+  std::map<unsigned, Barrier> meetings;  // of all threads of a cluster
   char trouble[160] = "";
 };
 inline Machine machine;
@@ -141,6 +144,20 @@ struct Block {
   }
 };
 
+inline std::vector<Block> running;
+inline bool is_running(unsigned number) {
+  for (const Block& block : running) {
+    if (block.number == number) return block.left > 0;
+  }
+  return false;
+}
+inline u8* shared_base_of(unsigned number) {
+  for (const Block& block : running) {
+    if (block.number == number && number != machine.block.x) return block.shared_base;
+  }
+  return machine.shared_base;
+}
+
 inline void begin_block(unsigned b) {
   const int threads = static_cast<int>(machine.block_size.x * machine.block_size.y);
   machine.block = {b, 0, 0};
@@ -183,21 +200,24 @@ inline int turn_of_block(int order, int asleep) {
 
 // Runs `entry` (24 arguments) over a grid of `blocks`.  `order`: 0, threads take turns; 1, the last one
 // first, and the last block; larger, each warpgroup of 128 in turn sleeps while the others go on, as this
-// seed says.  `together`: blocks run at a time rather than one after the other, and who looks whether others
+// seed says, and where several blocks run, one of them.  `together`: blocks run at a time rather than one after the other, and who looks whether others
 // have come lets them take so many turns.  `linger`: turns that every other warpgroup is late behind barriers
-// among warpgroups.  Returns "" or what went wrong.
+// among warpgroups.  `cluster`: blocks of a cluster, which always run at a time.  Returns "" or what went wrong.
 extern "C" __attribute__((used, visibility("default"))) const char*
 emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsigned y, u32 shared_bytes,
-        int order, int together, int linger) {
+        int order, int together, int linger, int cluster) {
   machine.trouble[0] = 0;
   machine.entry = entry, machine.arguments = arguments;
   machine.block_size = {x, y, 1}, machine.grid = {blocks, 1, 1};
   machine.shared_bytes = shared_bytes;
   machine.others_turns = together, machine.linger = linger;
-  const int most_idle = together ? 100000 : 1000 + linger;
-  u32 random = order, rounds = 0, asleep = 0;
+  machine.cluster = cluster, machine.meetings.clear();
+  const bool several = together || cluster > 1;
+  const int most_idle = several ? 100000 : 1000 + linger;
+  const unsigned at_a_time = together ? blocks : cluster;
+  u32 random = order, rounds = 0, asleep = 0, late = 0;
   const u32 groups = (x * y + 127) / 128, others = groups > 1 ? groups - 1 : 1;
-  std::vector<Block> running;
+  running.clear();
   const auto all_done = [&] {
     for (const Block& block : running) {
       if (block.left) return false;
@@ -209,9 +229,9 @@ emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsi
     block.left = 1;
     block.number = order == 1 ? blocks - 1 - b : b;
     begin_block(block.number);
-    if (together) block.change_places();
+    if (several) block.change_places();
     running.push_back(std::move(block));
-    if (together && b + 1 < blocks) continue;
+    if ((b + 1) % at_a_time) continue;
     for (int idle = 0; !all_done() && idle < most_idle;) {
       const int before = machine.progress;
       // Long enough for the others to come to the next but one thing that they share.
@@ -219,18 +239,20 @@ emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsi
         // Another one than before: the same again and again would look as if nobody could go on.
         random = random * 1664525u + 1013904223u;
         asleep = (asleep + 1 + (random >> 16) % others) % groups;
+        late = (random >> 8) % running.size();
       }
-      for (Block& one : running) {
-        if (!one.left) continue;
-        if (together) one.change_places();
+      for (u32 i = 0; i < running.size(); ++i) {
+        Block& one = running[i];
+        if (!one.left || (cluster > 1 && order > 1 && i == late)) continue;
+        if (several) one.change_places();
         const int left = turn_of_block(order, static_cast<int>(asleep));
-        if (together) one.change_places();
+        if (several) one.change_places();
         one.left = left;
       }
       idle = machine.progress != before ? 0 : idle + 1;
       if (idle == most_idle) complain("threads wait for each other for ever");
     }
-    if (together) {
+    if (several) {
       for (Block& one : running) {
         one.change_places();
         for (const auto hook : machine.at_edges) hook();

@@ -25,7 +25,7 @@ from slidesparse_rt.backends import hopper
 from slidesparse_rt.backends.workspace import COUNTER_BYTES
 from slidesparse_rt.kernels.catalog import hopper_pack
 from slidesparse_rt.kernels.hopper import pack_weights
-from slidesparse_rt.kernels.hopper_tiles import HopperConfig, configurations
+from slidesparse_rt.kernels.hopper_tiles import MOST_CLUSTER, HopperConfig, configurations
 from slidesparse_rt.kernels.loader import kernels_of
 
 from .common import ON_HOPPER, assert_near, assert_same, data, reference, to_host, to_torch, weight
@@ -66,7 +66,7 @@ def draw():
 
 def least_row_bytes(config: HopperConfig) -> int:
     """Bytes of K' of which every warpgroup gets some, and blocks where they share tiles."""
-    return 256 * (12 if config.split else config.turns) - 240
+    return 256 * (12 if config.split or config.cluster else config.turns) - 240
 
 
 def several_items(config: HopperConfig, n: int) -> int:
@@ -136,6 +136,24 @@ def test_every_kernel_on_few_multiprocessors(draw, pair, monkeypatch):
         result.words.fill_(7)
 
 
+@pytest.mark.parametrize("cluster", range(2, MOST_CLUSTER + 1))
+@pytest.mark.parametrize("tokens", [32, 192])
+def test_clusters_of_every_size(draw, tokens, cluster):
+    """Fewer tiles than clusters, and several for each; parts of K' that differ by a step."""
+    import torch
+
+    config = HopperConfig(tokens, 2, cluster=cluster)
+    stream = torch.cuda.current_stream().cuda_stream
+    for n, m in ((300, 2 * tokens - 3), (2056, 19 * tokens)):
+        operands = Operands(draw, "int8", n, 256 * (cluster + 5), m, bias=True)
+        result = Result(operands, config, "bfloat16", n, 0)
+        expected = operands.exact("bfloat16")
+        for _ in range(2):
+            result.launch(stream)
+            result.check(expected)
+            result.words.fill_(7)
+
+
 @pytest.mark.parametrize("config", [HopperConfig(128, 2), HopperConfig(64, 1, 4, True, split=True)])
 def test_int8_sums_of_every_size(draw, config):
     """Up to the largest that K allows: far beyond what float32 counts in ones."""
@@ -175,6 +193,7 @@ def test_int8_sums_of_every_size(draw, config):
         HopperConfig(32, 1, 4, True, split=True),
         HopperConfig(32, 2, split=True),
         HopperConfig(32, 2, split=True, even=True),
+        HopperConfig(32, 2, cluster=5),
     ],
     ids=lambda config: config.name.replace(" ", "_"),
 )
@@ -217,6 +236,7 @@ def test_rounded_sums_are_the_same_every_time(draw, dtype, config, few, monkeypa
         HopperConfig(16, 1, 4, True, split=True),
         HopperConfig(64, 2, split=True),
         HopperConfig(64, 2, split=True, even=True),
+        HopperConfig(64, 2, cluster=3),
         HopperConfig(192, 2),
     ],
     ids=lambda config: config.name.replace(" ", "_"),
@@ -261,6 +281,8 @@ def drawn(rng, draw):
     least = least_row_bytes(config)
     row_bytes = least + 16 * int(rng.integers(0, 400))
     config = replace(config, tile_group=int(rng.choice([1, 2, 8, 16])))
+    if config.cluster:
+        config = replace(config, cluster=int(rng.integers(2, MOST_CLUSTER + 1)))
     n, m = int(rng.integers(1, 2000)), int(rng.integers(1, rng.choice([40, 300, 1500])))
     exact = bool(rng.integers(4))
     operands = Operands(
@@ -432,7 +454,7 @@ def test_what_is_shipped_is_what_was_tested_here():
     """Every configuration that the device would time for some shape is one of those above."""
     configs = {(pair[0].name, pair[1]) for pair in PAIRS}
     assert len(configs) == len(shipped()) * len(DTYPES)
-    # Ranges are arguments of a launch; whatever else differs is another kernel.
+    # Ranges and how large clusters are come with a launch; whatever else differs is another kernel.
     compiled = {(replace(config, even=False), *formats) for config, *formats in PAIRS}
     assert len({spec_of(*pair) for pair in PAIRS}) == len(compiled)
     assert {(pair[1], pair[2]) for pair in PAIRS} == {
