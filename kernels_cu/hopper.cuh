@@ -52,10 +52,16 @@ SS_DEVICE void named_barrier(u32 name, u32 threads) {
 
 // --- clusters -------------------------------------------------------------------------------------
 
-// Until all threads of the cluster's blocks are here, and what each did before can be seen by all.
+// Until all threads of the cluster's blocks that have not ended are here, and what each did before can be
+// seen by all.  WARPS: of each warp all threads come at a time.
+template <bool WARPS = true>
 SS_DEVICE void cluster_sync() {
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+  if constexpr (WARPS) {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
+  }
 }
 // Where in the cluster's shared memory lies what block `rank` has at this address of its own.
 SS_DEVICE u32 shared_of_block(u32 address, u32 rank) {
@@ -70,22 +76,6 @@ SS_DEVICE uint4 cluster_load16(u32 there) {
                : "r"(there)
                : "memory");
   return v;
-}
-// At a barrier of any block of the cluster.  Who waits as below can see what this thread knows to be done.
-SS_DEVICE void cluster_arrive(u32 there) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" : : "r"(there) : "memory");
-}
-SS_DEVICE void cluster_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n}\n"
-      :
-      : "r"(barrier), "r"(parity)
-      : "memory");
 }
 
 // --- the copy engine ------------------------------------------------------------------------------

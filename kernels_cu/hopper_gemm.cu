@@ -156,7 +156,7 @@ SS_DEVICE void load_weights(const u8* packed, const Shape& shape, const Item& it
 }
 
 SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& shape, bool early, u32 stages,
-                           u32 full, u32 empty, u32 left) {
+                           u32 full, u32 empty) {
   const int items = items_of(shape);
   // The weights of the first stages before the kernel that writes the tokens is over.  Where it is over
   // anyway, the first products would wait for all of them.
@@ -175,7 +175,6 @@ SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& 
   int done = ready;  // stages of the item that are under way already
   for (int number = 0; number < items; ++number, done = 0) {
     const Item item = item_of(number, shape);
-    if (CLUSTERS && number) cluster_wait(left, (number - 1) & 1);
     for (int stage = 2 * item.first + done; stage < 2 * (item.first + item.count); ++stage, ++position) {
       const u32 slot = position % STAGES, round = position / STAGES;
       const u32 barrier = full + 8 * slot, target = stages + slot * STAGE_BYTES;
@@ -184,6 +183,8 @@ SS_DEVICE void load_stages(const TensorMap* map, const u8* packed, const Shape& 
       copy_box(target, map, stage * 128, item.token_tile * TOKENS, barrier);
       load_weights(packed, shape, item, stage, target, barrier);
     }
+    // Who loads meets the others of the cluster, too, when they gather the tile (hopper_cluster.cuh).
+    if constexpr (CLUSTERS) cluster_sync<false>(), cluster_sync<false>();
   }
 }
 
@@ -257,7 +258,6 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const u32 full = stages + BARRIERS, empty = full + 8 * STAGES;
   const u32 gather_free = empty + 8 * STAGES;
   u32* const broadcast = reinterpret_cast<u32*>(shared + BARRIERS + 16 * STAGES + 8);
-  const ClusterBarriers of_cluster{gather_free, gather_free + 8};
   const Shape shape{tokens,      channels,   steps, panels, weight_tiles,
                     token_tiles, tile_group, whole, splits, ranges};
   if (threadIdx.x == 0) {
@@ -266,11 +266,10 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
       barrier_init(empty + 8 * slot, (EACH_LANE ? 128 : 4) * (K_GROUPS ? 1 : GROUPS));
     }
     if (K_GROUPS) barrier_init(gather_free, GROUP_THREADS);
-    if (CLUSTERS) barrier_init(of_cluster.come, splits), barrier_init(of_cluster.left, splits);
     barrier_init_done();
   }
   if constexpr (CLUSTERS) {
-    cluster_sync();  // others arrive at these barriers
+    cluster_sync();  // as long as all threads are there
   } else {
     __syncthreads();
   }
@@ -279,9 +278,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const int of_all = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = of_all / 4, warp = of_all % 4;
   if (group == GROUPS) {
     if constexpr (UNEVEN) give_registers<24>();
-    if (threadIdx.x == GROUPS * GROUP_THREADS) {
-      load_stages(&token_map, packed, shape, early, stages, full, empty, of_cluster.left);
-    }
+    if (threadIdx.x == GROUPS * GROUP_THREADS) load_stages(&token_map, packed, shape, early, stages, full, empty);
     return;
   }
   if constexpr (UNEVEN) take_registers<240>();
@@ -360,7 +357,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
 
     if constexpr (K_GROUPS) gather_groups(sums, group, thread, stages + GATHER, gather_free, number);
     if constexpr (CLUSTERS) {
-      gather_cluster(sums, stages, number, of_cluster, place, thread, shape, to);
+      gather_cluster(sums, stages, place, thread, shape, to);
     } else if (!K_GROUPS || group == 0) {
       if (!is_shared(place) || add_second(sums, place, thread, meeting)) {
         const Target target = target_of(kept_item(place), place, shape);
@@ -373,7 +370,6 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
     if (!more) break;
     ++number;
   }
-  if constexpr (CLUSTERS) cluster_wait(of_cluster.left, number & 1);
   // Shared memory must outlive the stores that read it.
   if (BOXES && (thread & 31) == 0) stores_wait_read<0>();
 }

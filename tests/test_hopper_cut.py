@@ -96,7 +96,7 @@ def test_shared_memory_is_what_the_kernel_adds_up(config, constants):
         for out_type in OUT_TYPES:
             of = constants[config.name, dtype, out_type]
             # Two barriers of 8 bytes a stage, one of the warpgroups' sums, and two words that one
-            # thread tells the others; or two barriers of the cluster.
+            # thread tells the others.
             used = of["BARRIERS"] + 16 * config.stages + 8 + 8
             assert used <= config.shared_bytes <= hopper_tiles.HOPPER_SHARED_BYTES
             assert of["STAGE_BYTES"] <= config.stage_bytes

@@ -157,8 +157,7 @@ class HopperConfig:
     @property
     def extra_bytes(self) -> int:
         """Shared memory beside the stages: results, token scales, items, sums, barriers."""
-        # And two words that one thread tells the others, or barriers of a cluster.
-        barriers = _MOST_STAGES * 16 + 16
+        barriers = _MOST_STAGES * 16 + 16  # and two words that one thread tells the others
         of_warps = self.groups * 4 * (self.tokens * 4 + _ITEM_BYTES)
         return self.results_bytes + of_warps + self.gather_bytes + barriers
 

@@ -72,7 +72,6 @@ inline void reset_engine() {
   engine = Engine{};
 }
 inline std::map<unsigned, Engine> engines;  // of blocks that are put aside
-inline Engine& engine_of(unsigned block) { return block == machine.block.x ? engine : engines[block]; }
 inline void change_engine(unsigned block) { std::swap(engine, engines[block]); }
 inline const int registered =
     (machine.at_edges.push_back(reset_engine), machine.at_switch.push_back(change_engine), 0);
@@ -137,9 +136,19 @@ inline void named_barrier(u32 name, u32 threads) {
 
 // --- clusters -------------------------------------------------------------------------------------
 
-inline void cluster_sync() {
-  const int threads = static_cast<int>(machine.block_size.x * machine.block_size.y) * machine.cluster;
-  wait_at(machine.meetings.emplace(machine.block.x / machine.cluster, Barrier{threads, 0, 0}).first->second);
+// Threads that have ended are not waited for.
+template <bool WARPS = true>
+void cluster_sync() {
+  if (WARPS) __syncwarp();
+  Barrier& meeting = machine.meetings[machine.block.x / machine.cluster];
+  ++meeting.arrived;
+  for (const int phase = meeting.phase; meeting.phase == phase;) {
+    if (meeting.arrived == threads_of_cluster()) {
+      meeting.arrived = 0, ++meeting.phase, ++machine.progress;
+    } else {
+      give_way();
+    }
+  }
 }
 // An address, and one more than the block's number in its cluster above it.
 constexpr u32 OF_RANK = 1u << 24;
@@ -157,11 +166,6 @@ inline uint4 cluster_load16(u32 there) {
   std::memcpy(&v, shared_base_of(block_of_cluster(there)) + (shared_at(there % OF_RANK, 16) - machine.shared_base), 16);
   return v;
 }
-inline void cluster_arrive(u32 there) {
-  arrive(engine_of(block_of_cluster(there)).barriers.at(there % OF_RANK));
-  give_way();
-}
-inline void cluster_wait(u32 barrier, u32 parity) { barrier_wait(barrier, parity); }
 
 // --- the copy engine ------------------------------------------------------------------------------
 

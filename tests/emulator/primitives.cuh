@@ -158,6 +158,16 @@ inline u8* shared_base_of(unsigned number) {
   return machine.shared_base;
 }
 
+// How many threads of this block's cluster have not ended.
+inline int threads_of_cluster() {
+  int found = 0;
+  for (const Block& block : running) {
+    if (block.number / machine.cluster != machine.block.x / machine.cluster) continue;
+    for (const Fiber& fiber : block.number == machine.block.x ? machine.fibers : block.fibers) found += !fiber.done;
+  }
+  return found;
+}
+
 inline void begin_block(unsigned b) {
   const int threads = static_cast<int>(machine.block_size.x * machine.block_size.y);
   machine.block = {b, 0, 0};
