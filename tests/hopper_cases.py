@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from slidesparse_rt.backends.buckets import TOKEN_BUCKETS
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels import catalog, hopper_tiles
 from slidesparse_rt.kernels.catalog import KernelSpec
@@ -22,7 +23,7 @@ SM_COUNTS = (132, 114, 16)
 def shipped() -> list[HopperConfig]:
     """One configuration for each way in which `configurations` lets the kernel be compiled."""
     found: dict[HopperConfig, None] = {}
-    for tokens in sorted({size + more for size in (2**i for i in range(15)) for more in (0, 1)}):
+    for tokens in sorted({size + more for size in (1, *TOKEN_BUCKETS) for more in (0, 1)}):
         for n in (1, 256, 1024, 4096, 1 << 17):
             for slid_bytes in (256, 512, 1024, 2048, 1 << 16):
                 for sm_count in SM_COUNTS:

@@ -18,6 +18,7 @@ import slidesparse_rt as ss
 from slidesparse_rt import device_adapters, gpu_run, workspace
 from slidesparse_rt.arrays import Device
 from slidesparse_rt.backends import Problem, gpu_gemm, gpu_step
+from slidesparse_rt.backends.buckets import TOKEN_BUCKETS, token_bucket
 from slidesparse_rt.backends.workspace import COUNTER_BYTES, Workspace
 from slidesparse_rt.device_arrays import refuse_per_thread_stream, stream_pointer
 from slidesparse_rt.dtypes import array_type, operand
@@ -385,8 +386,10 @@ def test_a_product_of_a_library_is_repeated() -> None:
 
 
 def test_buckets() -> None:
-    found = [gpu_gemm.token_bucket(tokens) for tokens in (1, 16, 17, 1000, 16384, 16385, 10**9)]
-    assert found == [16, 16, 32, 1024, 16384, 16384, 16384]
+    found = [token_bucket(tokens) for tokens in (1, 16, 17, 257, 700, 1000, 16384, 16385, 10**9)]
+    assert found == [16, 16, 32, 384, 768, 1024, 16384, 24576, 32768]
+    assert list(TOKEN_BUCKETS) == sorted(TOKEN_BUCKETS)
+    assert all(token_bucket(bucket) == bucket for bucket in TOKEN_BUCKETS)
 
 
 def test_formats_that_a_gpu_lacks() -> None:

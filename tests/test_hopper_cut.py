@@ -17,6 +17,7 @@ from hopper_cases import DTYPES, OUT_TYPES, SM_COUNTS, shipped, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slidesparse_rt.backends.buckets import TOKEN_BUCKETS
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.errors import OptionError
 from slidesparse_rt.kernels import catalog, hopper_tiles
@@ -240,11 +241,11 @@ def test_every_part_of_a_product_is_worked_on_once(tmp_path):
 @given(
     st.one_of(st.integers(1, 600), st.integers(1, 1 << 18)),
     st.one_of(st.integers(1, 20), st.integers(1, 2000)),
-    st.integers(4, 14),
+    st.sampled_from(TOKEN_BUCKETS),
     st.sampled_from([1, 7, *SM_COUNTS]),
 )
-def test_every_configuration_fits_its_product(n, steps, power, sm_count):
-    bucket, slid_bytes = 1 << power, 256 * steps
+def test_every_configuration_fits_its_product(n, steps, bucket, sm_count):
+    slid_bytes = 256 * steps
     found = configurations(n, slid_bytes, bucket, sm_count)
     assert len(found) >= 1
     assert len(found) == len(set(found))
@@ -258,7 +259,7 @@ def test_every_configuration_fits_its_product(n, steps, power, sm_count):
         assert (cut.token_tiles - 1) * config.tokens < bucket <= cut.token_tiles * config.tokens
         assert cut.tiles == cut.weight_tiles * cut.token_tiles
         # What was timed for a bucket also runs fewer tokens.
-        for tokens in (bucket // 2 + 1, bucket):
+        for tokens in (max([1, *(less + 1 for less in TOKEN_BUCKETS if less < bucket)]), bucket):
             HopperGemm(kernels, "int8", "float32", n, slid_bytes, slid_bytes, tokens, config)
         if config.cluster:
             # All tiles at a time, and nothing in device memory.

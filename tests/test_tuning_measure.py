@@ -229,11 +229,11 @@ def test_a_time_budget_measures_few_and_many_tokens_first(
         told.append((name, done, total))
         now[0] += 1.0
 
-    assert times(forms, seconds=3.0, progress=progress).tokens == (1, 128, 32_768)
+    assert times(forms, seconds=3.0, progress=progress).tokens == (1, 120, 32_768)
     assert told == [
         ("8 x 16, M = 1", 0, len(BUCKETS)),
         ("8 x 16, M = 32768", 1, len(BUCKETS)),
-        ("8 x 16, M = 128", 2, len(BUCKETS)),
+        ("8 x 16, M = 120", 2, len(BUCKETS)),
         ("", len(BUCKETS), len(BUCKETS)),
     ]
     # One is always measured.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidesparse_rt.backends.gpu_gemm import token_bucket
+from slidesparse_rt.backends.buckets import TOKEN_BUCKETS
 from slidesparse_rt.errors import OptionError
 from slidesparse_rt.tuning import BUCKETS, Dispatch, Table
 from slidesparse_rt.tuning.table import buckets_up_to, coarse_first
@@ -219,11 +220,16 @@ def test_older_times_fill_the_gaps() -> None:
     assert other.merged(older) is other
 
 
-def test_the_buckets_are_those_that_backends_choose_algorithms_for_and_some_between() -> None:
+def test_the_buckets_are_those_that_backends_choose_for_and_some_that_fill_no_tile() -> None:
     assert BUCKETS[0] == 1
-    powers = [*sorted({token_bucket(tokens) for tokens in range(1, 20_000)}), 32_768]
-    between = [3 * tokens // 2 for tokens in powers[:-1] if tokens >= 256]
-    assert sorted(BUCKETS[1:]) == list(BUCKETS[1:]) == sorted(powers + between)
+    assert list(BUCKETS) == sorted(BUCKETS)
+    others = set(BUCKETS[1:]) - set(TOKEN_BUCKETS)
+    assert set(BUCKETS) - others == {1, *TOKEN_BUCKETS}
+    # Whole vectors of 16-bit results, but no multiples of a tile.
+    assert {tokens % 16 for tokens in others} == {8}
+    # Where a tile more tells, one in each gap.
+    for low, high in pairwise(TOKEN_BUCKETS):
+        assert len([tokens for tokens in others if low < tokens < high]) == (64 <= low < 2048)
     assert buckets_up_to(64) == (1, 16, 32, 64)
     for most in (0, 2, 100, 65_536, True, "16"):
         with pytest.raises(OptionError, match="allowed are 1, 16, 32"):
@@ -238,4 +244,4 @@ def test_a_cut_measurement_is_spread_over_all_tokens(buckets: list[int]) -> None
 
 
 def test_the_order_of_all_buckets() -> None:
-    assert coarse_first(BUCKETS)[:5] == [1, 32_768, 128, 768, 3072]
+    assert coarse_first(BUCKETS)[:5] == [1, 32_768, 120, 328, 648]

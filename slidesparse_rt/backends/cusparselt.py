@@ -43,9 +43,10 @@ from ..ffi.libraries import version_text
 from ..kernels.catalog import format_bytes
 from ..options import PlanOptions
 from .base import Problem, Support
+from .buckets import token_bucket
 from .fp16_probe import fp16_problem
 from .gpu_device import Buffer, GpuDevice, working_on
-from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
 
@@ -170,7 +171,12 @@ class CusparseltPrepared(GpuPrepared):
         del direct
         handle = self._handle()
         padded = round_up(tokens, self.token_multiple)
-        choice = self._choice(handle, token_bucket(tokens), stream)
+        choice: Choice | None
+        try:
+            choice = self._choice(handle, token_bucket(tokens), stream)
+        except DeviceMemoryError:
+            # Searching takes operands for the whole bucket; the run itself may still fit.
+            choice = None
         try:
             plan = self._plan(handle, padded, choice)
         except DeviceMemoryError:

@@ -43,8 +43,9 @@ from ..ffi.handles import SHARED
 from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
+from .buckets import token_bucket
 from .gpu_device import Buffer, GpuDevice, working_on
-from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
 from .timing import fastest
@@ -191,7 +192,28 @@ class DensePrepared(GpuPrepared):
         self, handle: Handle, tokens: int, direct: ArrayType | None, stream: int
     ) -> Matmul | None:
         """The product for exactly ``tokens`` rows, or ``None`` if the library has none."""
+        try:
+            chosen = self._choice(handle, token_bucket(tokens), direct, stream)
+        except DeviceMemoryError:
+            # Timing takes operands for the whole bucket; the run itself may still fit.
+            chosen = None
         descriptor, layouts = self._described(handle, tokens, direct)
+        if chosen is not None:
+            try:
+                return Matmul(
+                    handle, descriptor, layouts, check(handle, descriptor, layouts, chosen)
+                )
+            except DeviceMemoryError:
+                raise
+            except LibraryError:
+                pass  # what was chosen for the bucket need not run for every M in it
+        found = self._candidates(handle, descriptor, layouts)
+        return Matmul(handle, descriptor, layouts, found[0]) if found else None
+
+    def _choice(
+        self, handle: Handle, bucket: int, direct: ArrayType | None, stream: int
+    ) -> bytes | None:
+        """The algorithm that is fastest for ``bucket`` tokens; those are timed once a device."""
         key = (
             "dense",
             handle.library.version,
@@ -200,28 +222,21 @@ class DensePrepared(GpuPrepared):
             self.weight.operand.name,
             "" if direct is None else direct.name,
             bool(direct is not None and self.weight.bias),
-            token_bucket(tokens),
+            bucket,
         )
         with self.device.lock:
-            stored = self.device.choices.get(key)
+            stored: bytes | None = self.device.choices.get(key)
         if stored is not None:
-            try:
-                return Matmul(
-                    handle, descriptor, layouts, check(handle, descriptor, layouts, stored)
-                )
-            except DeviceMemoryError:
-                raise
-            except LibraryError:
-                # What was chosen for the bucket need not run for every M in it.
-                found = self._candidates(handle, descriptor, layouts)
-                return Matmul(handle, descriptor, layouts, found[0]) if found else None
+            return stored
+        padded = round_up(bucket, self.token_multiple)
+        descriptor, layouts = self._described(handle, padded, direct)
         found = self._candidates(handle, descriptor, layouts)
         if not found:
             return None
-        best = self._timed(handle, descriptor, layouts, found, tokens, direct, stream)
+        best = self._timed(handle, descriptor, layouts, found, padded, direct, stream)
         with self.device.lock:
-            self.device.choices.setdefault(key, best.algorithm)
-        return Matmul(handle, descriptor, layouts, best)
+            chosen: bytes = self.device.choices.setdefault(key, best.algorithm)
+        return chosen
 
     def _described(
         self, handle: Handle, tokens: int, direct: ArrayType | None

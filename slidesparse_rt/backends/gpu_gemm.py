@@ -31,7 +31,6 @@ __all__ = [
     "refused_format",
     "round_up",
     "to_gpu",
-    "token_bucket",
 ]
 
 #: Tokens of one launch are a multiple of this where a run is split.
@@ -44,11 +43,6 @@ _ALIGNMENT = 256
 def round_up(value: int, multiple: int) -> int:
     """``value`` rounded up to a multiple."""
     return -(-value // multiple) * multiple
-
-
-def token_bucket(tokens: int) -> int:
-    """The next power of two from 16 to 16384: M for which algorithms are timed."""
-    return min(1 << 14, max(16, 1 << (tokens - 1).bit_length()))
 
 
 class GpuPrepared(ABC):

@@ -24,8 +24,9 @@ from ..kernels.hopper_tiles import HopperConfig, clocks, configurations
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
+from .buckets import token_bucket
 from .gpu_device import Buffer, GpuDevice
-from .gpu_gemm import GpuBackend, GpuPrepared, round_up, token_bucket
+from .gpu_gemm import GpuBackend, GpuPrepared, round_up
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
 from .timing import medians

@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from types import MappingProxyType
 
+from ..backends.buckets import TOKEN_BUCKETS
 from ..errors import OptionError
 
 __all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
-#: Numbers of tokens that are measured: those for which backends time their algorithms, twice the
-#: last of them, one token, which decoding has, and from 256 on one between each two, for tiles are
-#: whole and times no straight lines.
-BUCKETS = (
-    *(1, 16, 32, 64, 128, 256, 384, 512, 768, 1024),
-    *(1536, 2048, 3072, 4096, 6144, 8192, 12_288, 16_384, 24_576, 32_768),
-)
+#: Numbers of tokens that fill no tile: products of libraries may be slower than for the next one
+#: that does, and times are no straight lines between those.
+_PARTIAL = (120, 248, 328, 456, 648, 904, 1288, 1800)
+#: Numbers of tokens that are measured: one, which decoding has, and those for which backends choose
+#: how to multiply; where a tile more or less tells, others between these.
+BUCKETS = tuple(sorted((1, *TOKEN_BUCKETS, *_PARTIAL)))
 #: The backend that uses no zeros.
 DENSE = "dense"
 #: Bytes of a dense weight from which on its model is too large for the level-2 cache: a few dozen

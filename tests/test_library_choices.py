@@ -1,0 +1,126 @@
+"""How the libraries' backends choose algorithms by token bucket; stand-ins for the libraries."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slidesparse_rt.backends import cusparselt, dense
+from slidesparse_rt.backends.buckets import TOKEN_BUCKETS
+from slidesparse_rt.dtypes import array_type
+from slidesparse_rt.errors import DeviceMemoryError, LibraryError
+
+HANDLE: Any = SimpleNamespace(library=SimpleNamespace(version=130100))
+BF16 = array_type("bfloat16")
+
+
+class Library:
+    """Stands for cuBLASLt: algorithms are named by the tokens that they were proposed for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.timed: list[int] = []
+        self.proposes, self.refuses = True, False
+        self.full = False
+        monkeypatch.setattr(dense.DensePrepared, "_described", lambda _, handle, m, direct: (m, m))
+        monkeypatch.setattr(dense.DensePrepared, "_candidates", self._candidates)
+        monkeypatch.setattr(dense.DensePrepared, "_timed", self._timed)
+        monkeypatch.setattr(dense, "check", self._check)
+        monkeypatch.setattr(dense, "Matmul", lambda handle, m, layouts, found: (m, found.algorithm))
+
+    def _candidates(self, handle: Any, m: int, layouts: int) -> list[Any]:
+        names = [b"first of %d" % m, b"best of %d" % m]
+        return [SimpleNamespace(algorithm=name) for name in names] if self.proposes else []
+
+    def _timed(self, handle: Any, m: int, layouts: int, found: Any, tokens: int, *_: Any) -> Any:
+        if self.full:
+            raise DeviceMemoryError("no bytes left")
+        assert tokens == m
+        self.timed.append(tokens)
+        return found[1]
+
+    def _check(self, handle: Any, m: int, layouts: int, algorithm: bytes) -> Any:
+        if self.refuses:
+            raise LibraryError("not for so many")
+        return SimpleNamespace(algorithm=algorithm)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    return Library(monkeypatch)
+
+
+def prepared() -> Any:
+    made: Any = object.__new__(dense.DensePrepared)
+    made.device = SimpleNamespace(lock=threading.RLock(), choices={})
+    made.padded_n, made.row_length, made.token_multiple = 64, 128, 16
+    made.weight = SimpleNamespace(operand=SimpleNamespace(name="int8"), bias=0)
+    return made
+
+
+def test_dense_times_its_algorithms_for_the_bucket_whatever_comes_first(library: Library) -> None:
+    made = prepared()
+    for tokens in (520, 768, 700):
+        assert made._matmul(HANDLE, tokens, BF16, 0) == (tokens, b"best of 768")
+    assert library.timed == [768]
+    # Sums without a type of results are other products.
+    assert made._matmul(HANDLE, 768, None, 0) == (768, b"best of 768")
+    assert made._matmul(HANDLE, 769, BF16, 0) == (769, b"best of 1024")
+    assert library.timed == [768, 768, 1024]
+    assert made._matmul(HANDLE, 10**6, BF16, 0) == (10**6, b"best of %d" % TOKEN_BUCKETS[-1])
+
+
+def test_dense_takes_the_librarys_favourite_where_the_choice_does_not_run(library: Library) -> None:
+    made = prepared()
+    library.refuses = True
+    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"first of 700")
+    library.refuses = False
+    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"best of 768")
+
+
+def test_dense_goes_on_where_there_is_no_memory_for_timing(library: Library) -> None:
+    made = prepared()
+    library.full = True
+    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"first of 700")
+    assert made.device.choices == {}  # timed the next time
+    library.full = False
+    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"best of 768")
+
+
+def test_dense_says_where_the_library_has_nothing(library: Library) -> None:
+    library.proposes = False
+    assert prepared()._matmul(HANDLE, 700, BF16, 0) is None
+    assert library.timed == []
+
+
+def test_cusparselt_goes_on_where_there_is_no_memory_for_its_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: Any = object.__new__(cusparselt.CusparseltPrepared)
+    made.token_multiple = 32
+    asked: list[int] = []
+    full = True
+
+    def choice(handle: Any, bucket: int, stream: int) -> str:
+        asked.append(bucket)
+        if full:
+            raise DeviceMemoryError("no bytes left")
+        return "found"
+
+    monkeypatch.setattr(made, "_handle", lambda: HANDLE)
+    monkeypatch.setattr(made, "_choice", choice)
+    plans: list[Any] = []
+
+    def plan(handle: Any, padded: int, chosen: Any) -> Any:
+        plans.append((padded, chosen))
+        return SimpleNamespace(workspace_bytes=lambda: 0)
+
+    monkeypatch.setattr(made, "_plan", plan)
+    monkeypatch.setattr(cusparselt, "_Product", lambda *arguments: arguments)
+    made.make_product(700, None, 0)
+    full = False
+    made.make_product(700, None, 0)
+    assert plans == [(704, None), (704, "found")]
+    assert asked == [768, 768]
