@@ -20,6 +20,8 @@ from slidesparse_rt.tuning.table import buckets_up_to, coarse_first
 RECORDED = json.loads((Path(__file__).parent / "data" / "tuning-recorded.json").read_text())
 RESULTS = Path(__file__).resolve().parents[1]
 NAMES = ("hopper", "cusparselt", "dense")
+#: What rounding may hide where two times are compared.
+EPS = 1 + 1e-9
 
 
 @st.composite
@@ -114,7 +116,7 @@ def test_backends_that_are_equal_at_a_bucket_part_behind_it() -> None:
     table = Table({256: {"hopper": 2.0, "dense": 2.0}, 512: {"hopper": 4.0, "dense": 3.0}})
     assert table.dispatch() == Dispatch((0,), ("dense",))
     table = Table({1: {"hopper": 1.0, "dense": 2.0}, **table.times})
-    assert table.dispatch() == Dispatch((0, 257), ("hopper", "dense"))
+    assert table.dispatch() == Dispatch((0, 262), ("hopper", "dense"))
 
 
 # ------------------------------------------------------------------------------------- any times
@@ -130,8 +132,12 @@ def test_whatever_the_times_the_promise_holds_for_every_m(table: Table, some: li
         assert taken <= 1.02 * min(times.values())
         if "dense" in times:
             assert times["dense"] / taken >= 0.98
-        # Among the forms that are held the fastest runs.
-        assert taken == pytest.approx(min(times[name] for name in dispatch.backends), rel=1e-9)
+        # Of the forms that are held the first runs that is as good as the fastest of all.
+        enough = 1.01 * min(times.values())
+        held = [name for name in NAMES if name in dispatch.backends]
+        surely = [name for name in held if times[name] < enough / EPS]
+        assert taken < enough * EPS
+        assert not surely or NAMES.index(dispatch.at(tokens)) <= NAMES.index(surely[0])
 
 
 @given(tables())

@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, permutations
 from types import MappingProxyType
 
 from ..backends.buckets import TOKEN_BUCKETS
@@ -31,10 +31,12 @@ COLD_BYTES = 1 << 20
 #: Up to so many tokens a product takes as long as the bucket above: tiles are as large as that, and
 #: tokens that are missing in one save nothing.  Larger products have many tiles.
 _WHOLE_TILES = 256
-#: How much slower than the fastest backend at some M the plan may be so that it holds one form of
-#: the weight less.  Below the 2 % that is promised, for a second measurement differs.
+#: How much slower than the fastest backend at some M the plan may be, so that it holds one form of
+#: the weight less, or that what needs less power runs.  Below the 2 % that is promised, for a
+#: second measurement differs.
 _SLACK = 1.01
-#: Which of two equally fast backends runs.
+#: Which of several backends that are equally fast, to the slack, runs: those that need less power
+#: first.  A GPU at its power limit is faster with these than bursts show.
 _ORDER = ("hopper", "cusparselt", DENSE)
 
 
@@ -183,9 +185,10 @@ class Table:
         Notes
         -----
         Of the sets of backends with which no M is more than 1 % slower than its fastest backend the
-        smallest is taken, and of those the fastest; for each M the fastest of the set runs.
-        Straight lines take turns at being lowest only where two of them cross, so looking at the
-        buckets, where steps begin and beside each crossing is looking at every M.
+        smallest is taken, and of those the fastest.  For each M the first of hopper, cusparselt and
+        dense runs that is in the set and at most 1 % slower than the fastest backend.  What is true
+        of straight lines so compared changes only where one crosses another or 1.01 times another,
+        so looking at the buckets, where steps begin and beside each crossing is looking at every M.
         """
         names = [name for name in self.backends if able is None or name in set(able)]
         if not keep_dense and names != [DENSE]:
@@ -197,9 +200,9 @@ class Table:
             )
         points = {point: self.estimate(point) for point in self._points(names)}
         chosen = _fewest(names, points)
-        starts, winners = [0], [_fastest(points[self.tokens[0]], chosen)]
+        starts, winners = [0], [_first(points[self.tokens[0]], chosen, names)]
         for point, times in points.items():
-            winner = _fastest(times, chosen)
+            winner = _first(times, chosen, names)
             if winner != winners[-1]:
                 starts.append(point)
                 winners.append(winner)
@@ -220,15 +223,17 @@ class Table:
             return self
 
     def _points(self, names: Sequence[str]) -> list[int]:
-        """Numbers of tokens between which no two of these backends change places, rising."""
+        """Numbers of tokens between which no backend passes another, or its slack; rising."""
         found = set(self.tokens)
         for low, high in zip(self.tokens, self.tokens[1:], strict=False):
             if high <= _WHOLE_TILES:
                 found.add(low + 1)
                 continue
             below, above = self.times[low], self.times[high]
-            for one, other in combinations(names, 2):
-                before, after = below[one] - below[other], above[one] - above[other]
+            pairs = [(one, other, 1.0) for one, other in combinations(names, 2)]
+            pairs += [(one, other, _SLACK) for one, other in permutations(names, 2)]
+            for one, other, by in pairs:
+                before, after = below[one] - by * below[other], above[one] - by * above[other]
                 if before * after <= 0 and before != after:  # crossed, or equal at one end
                     crossing = low + int((high - low) * (before / (before - after)))
                     found.update(
@@ -241,8 +246,10 @@ def _rank(name: str) -> tuple[int, str]:
     return (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)
 
 
-def _fastest(times: Mapping[str, float], names: Iterable[str]) -> str:
-    return min(names, key=lambda name: (times[name], _rank(name)))
+def _first(times: Mapping[str, float], chosen: Iterable[str], names: Iterable[str]) -> str:
+    """The first of the chosen that is fast enough among all; the fastest where rounding hid it."""
+    enough = _SLACK * min(times[name] for name in names)
+    return min(chosen, key=lambda name: (max(times[name], enough), _rank(name)))
 
 
 def _fewest(names: Sequence[str], points: Mapping[int, Mapping[str, float]]) -> tuple[str, ...]:
