@@ -278,7 +278,9 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
   const int of_all = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = of_all / 4, warp = of_all % 4;
   if (group == GROUPS) {
     if constexpr (UNEVEN) give_registers<24>();
-    if (threadIdx.x == GROUPS * GROUP_THREADS) load_stages(&token_map, packed, shape, early, stages, full, empty);
+    // The others end here, so that a cluster does not wait for them.
+    if (threadIdx.x != GROUPS * GROUP_THREADS) return;
+    load_stages(&token_map, packed, shape, early, stages, full, empty);
     return;
   }
   if constexpr (UNEVEN) take_registers<240>();

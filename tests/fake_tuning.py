@@ -78,6 +78,7 @@ class Clock(Cuda):
 class Step:
     def __init__(self, form: Form, tokens: int) -> None:
         self.form, self.tokens = form, tokens
+        self.chosen = (form.name, tokens) not in form.machine.unchosen
         self.nbytes = A_TOKEN[form.name] * tokens
 
     def launch(
@@ -163,6 +164,8 @@ class Machine:
     unpackable: dict[str, Exception] = dataclasses.field(default_factory=dict)
     broken: dict[str, int] = dataclasses.field(default_factory=dict)
     most: dict[str, int] = dataclasses.field(default_factory=dict)
+    #: Backends and numbers of tokens for which there is no memory to choose how to multiply.
+    unchosen: set[tuple[str, int]] = dataclasses.field(default_factory=set)
     packs: list[str] = dataclasses.field(default_factory=list)
     uploads: int = 0
     stepped: list[tuple[str, int, str, str]] = dataclasses.field(default_factory=list)

@@ -323,6 +323,7 @@ def test_where_there_is_no_memory_for_timing_the_run_goes_on(
     product = made.make_product(1024, array_type("bfloat16"), STREAM)
     first = configurations(N, made._slid_bytes, 1024, machine.gpu.sm_count)[0]
     assert product._gemm.tiling == cut_of(first, made, 1024)
+    assert not product.chosen
     assert machine.gpu.choices == {}  # timed the next time
 
 

@@ -350,15 +350,23 @@ def test_equal_ranges_are_a_way_to_split_what_warpgroups_do_not_share(others):
 def test_clusters_are_for_fewer_tiles_than_multiprocessors():
     def sizes(n, tokens, sm_count=132, steps=21):
         found = configurations(n, 256 * steps, tokens, sm_count)
-        return {config.tokens: config.cluster for config in found if config.cluster}
+        made: dict[int, list[int]] = {}
+        for config in found:
+            if config.cluster:
+                made.setdefault(config.tokens, []).append(config.cluster)
+        return made
 
-    assert sizes(3584, 256) == {128: 4, 160: 4, 192: 4}  # 28 tiles each
-    assert sizes(3584, 128) == {64: 4, 128: 8}
-    assert sizes(3584, 128, steps=5) == {64: 2, 128: 2}  # two steps each
+    assert sizes(3584, 256) == {128: [3, 4], 160: [3, 4], 192: [3, 4]}  # 28 tiles each
+    assert sizes(3584, 128) == {64: [3, 4], 128: [7, 8]}
+    # 18 tiles: 7 and 6 of 16 neighbours are two clusters, for 8 times 16 of them: too few.
+    assert sizes(4608, 128) == {64: [2, 3], 128: [4, 5]}
+    assert sizes(256 * 64, 128) == {128: [2]}
+    assert sizes(256 * 65, 128) == {}
+    assert sizes(3584, 128, steps=5) == {64: [2], 128: [2]}  # two steps each
     assert sizes(37_888, 256) == {}
     assert sizes(3584, 256, sm_count=16) == {}  # a part of a GPU
     sums = {config.tokens: config.gathers for config in CONFIGS if not config.k_groups}
-    assert all(sums.values())
+    assert sums == {tokens: tokens < 208 for tokens in (32, 64, 128, 160, 192, 208)}
 
 
 @pytest.mark.parametrize(
@@ -369,6 +377,7 @@ def test_clusters_are_for_fewer_tiles_than_multiprocessors():
         {"cluster": 2, "split": True},
         {"cluster": 2, "split": True, "even": True},
         {"cluster": 2, "blocks": 1, "k_groups": True},
+        {"cluster": 2, "tokens": 208},
     ],
 )
 def test_clusters_that_there_cannot_be(settings):

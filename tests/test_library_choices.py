@@ -23,7 +23,7 @@ class Library:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.timed: list[int] = []
         self.proposes, self.refuses = True, False
-        self.full = False
+        self.broken: Exception | None = None
         monkeypatch.setattr(dense.DensePrepared, "_described", lambda _, handle, m, direct: (m, m))
         monkeypatch.setattr(dense.DensePrepared, "_candidates", self._candidates)
         monkeypatch.setattr(dense.DensePrepared, "_timed", self._timed)
@@ -35,8 +35,8 @@ class Library:
         return [SimpleNamespace(algorithm=name) for name in names] if self.proposes else []
 
     def _timed(self, handle: Any, m: int, layouts: int, found: Any, tokens: int, *_: Any) -> Any:
-        if self.full:
-            raise DeviceMemoryError("no bytes left")
+        if self.broken:
+            raise self.broken
         assert tokens == m
         self.timed.append(tokens)
         return found[1]
@@ -63,30 +63,38 @@ def prepared() -> Any:
 def test_dense_times_its_algorithms_for_the_bucket_whatever_comes_first(library: Library) -> None:
     made = prepared()
     for tokens in (520, 768, 700):
-        assert made._matmul(HANDLE, tokens, BF16, 0) == (tokens, b"best of 768")
+        assert made._matmul(HANDLE, tokens, BF16, 0) == ((tokens, b"best of 768"), True)
     assert library.timed == [768]
     # Sums without a type of results are other products.
-    assert made._matmul(HANDLE, 768, None, 0) == (768, b"best of 768")
-    assert made._matmul(HANDLE, 769, BF16, 0) == (769, b"best of 1024")
+    assert made._matmul(HANDLE, 768, None, 0) == ((768, b"best of 768"), True)
+    assert made._matmul(HANDLE, 769, BF16, 0) == ((769, b"best of 1024"), True)
     assert library.timed == [768, 768, 1024]
-    assert made._matmul(HANDLE, 10**6, BF16, 0) == (10**6, b"best of %d" % TOKEN_BUCKETS[-1])
+    assert made._matmul(HANDLE, 10**6, BF16, 0) == (
+        (10**6, b"best of %d" % TOKEN_BUCKETS[-1]),
+        True,
+    )
 
 
-def test_dense_takes_the_librarys_favourite_where_the_choice_does_not_run(library: Library) -> None:
+def test_dense_takes_the_favourite_where_the_choice_does_not_run(library: Library) -> None:
     made = prepared()
     library.refuses = True
-    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"first of 700")
+    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"first of 700"), True)
     library.refuses = False
-    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"best of 768")
+    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"best of 768"), True)
 
 
 def test_dense_goes_on_where_there_is_no_memory_for_timing(library: Library) -> None:
     made = prepared()
-    library.full = True
-    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"first of 700")
+    library.broken = DeviceMemoryError("no bytes left")
+    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"first of 700"), False)
     assert made.device.choices == {}  # timed the next time
-    library.full = False
-    assert made._matmul(HANDLE, 700, BF16, 0) == (700, b"best of 768")
+    library.broken = None
+    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"best of 768"), True)
+
+
+def test_dense_goes_on_where_nothing_runs_for_the_bucket(library: Library) -> None:
+    library.broken = LibraryError("not for so many")
+    assert prepared()._matmul(HANDLE, 700, BF16, 0) == ((700, b"first of 700"), True)
 
 
 def test_dense_says_where_the_library_has_nothing(library: Library) -> None:
@@ -118,9 +126,9 @@ def test_cusparselt_goes_on_where_there_is_no_memory_for_its_search(
         return SimpleNamespace(workspace_bytes=lambda: 0)
 
     monkeypatch.setattr(made, "_plan", plan)
-    monkeypatch.setattr(cusparselt, "_Product", lambda *arguments: arguments)
-    made.make_product(700, None, 0)
+    monkeypatch.setattr(cusparselt, "_Product", lambda *arguments: SimpleNamespace())
+    assert not made.make_product(700, None, 0).chosen
     full = False
-    made.make_product(700, None, 0)
+    assert made.make_product(700, None, 0).chosen
     assert plans == [(704, None), (704, "found")]
     assert asked == [768, 768]

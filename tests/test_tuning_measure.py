@@ -197,6 +197,14 @@ def test_what_cannot_be_packed_is_out_unless_it_must_be(gpu_machine: Machine) ->
     assert Memory.held == set()
 
 
+def test_what_was_not_chosen_for_want_of_memory_is_not_measured(
+    gpu_machine: Machine, forms: GpuForms, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu_machine.unchosen = {("dense", 384), ("hopper", 4096)}
+    assert times(forms).tokens == tuple(m for m in BUCKETS if m not in (384, 4096))
+    assert "384 tokens are not measured: there is no memory to choose how dense" in caplog.text
+
+
 def test_without_memory_for_many_tokens_few_are_measured(
     gpu_machine: Machine,
     forms: GpuForms,
@@ -229,11 +237,11 @@ def test_a_time_budget_measures_few_and_many_tokens_first(
         told.append((name, done, total))
         now[0] += 1.0
 
-    assert times(forms, seconds=3.0, progress=progress).tokens == (1, 120, 32_768)
+    assert times(forms, seconds=3.0, progress=progress).tokens == (1, 128, 32_768)
     assert told == [
         ("8 x 16, M = 1", 0, len(BUCKETS)),
         ("8 x 16, M = 32768", 1, len(BUCKETS)),
-        ("8 x 16, M = 120", 2, len(BUCKETS)),
+        ("8 x 16, M = 128", 2, len(BUCKETS)),
         ("", len(BUCKETS), len(BUCKETS)),
     ]
     # One is always measured.

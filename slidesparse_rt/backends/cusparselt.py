@@ -17,6 +17,7 @@ float32's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from dataclasses import dataclass, replace
 from functools import partial
@@ -171,12 +172,10 @@ class CusparseltPrepared(GpuPrepared):
         del direct
         handle = self._handle()
         padded = round_up(tokens, self.token_multiple)
-        choice: Choice | None
-        try:
-            choice = self._choice(handle, token_bucket(tokens), stream)
-        except DeviceMemoryError:
+        choice: Choice | None = None
+        with contextlib.suppress(DeviceMemoryError):
             # Searching takes operands for the whole bucket; the run itself may still fit.
-            choice = None
+            choice = self._choice(handle, token_bucket(tokens), stream)
         try:
             plan = self._plan(handle, padded, choice)
         except DeviceMemoryError:
@@ -184,7 +183,9 @@ class CusparseltPrepared(GpuPrepared):
         except LibraryError:
             # What was chosen for the bucket need not exist for every M in it.
             plan = self._plan(handle, padded, None)
-        return _Product(self, plan, plan.workspace_bytes())
+        made = _Product(self, plan, plan.workspace_bytes())
+        made.chosen = choice is not None
+        return made
 
     def release(self) -> None:
         self.compressed.close()

@@ -89,8 +89,9 @@ class _Product(Product):
         *,
         direct: bool,
         scaled: bool,
+        chosen: bool = True,
     ) -> None:
-        self.direct = direct
+        self.direct, self.chosen = direct, chosen
         self.how = ""
         self.scratch_bytes = matmul.candidate.workspace_bytes
         self._matmul = matmul
@@ -174,7 +175,8 @@ class DensePrepared(GpuPrepared):
         if direct is not None:
             made = self._matmul(handle, tokens, direct, stream)
         if made is not None:
-            return _Product(self, made, direct=True, scaled=self._fuses)
+            matmul, chosen = made
+            return _Product(self, matmul, direct=True, scaled=self._fuses, chosen=chosen)
         padded = round_up(tokens, self.token_multiple)
         made = self._matmul(handle, padded, None, stream)
         if made is None:
@@ -183,32 +185,37 @@ class DensePrepared(GpuPrepared):
                 f"{self.padded_n} x {self.row_length} {self.weight.operand.name} on "
                 f"{self.device.name}; use backend='cusparselt'"
             )
-        return _Product(self, made, direct=False, scaled=False)
+        matmul, chosen = made
+        return _Product(self, matmul, direct=False, scaled=False, chosen=chosen)
 
     def release(self) -> None:
         self.packed.close()
 
     def _matmul(
         self, handle: Handle, tokens: int, direct: ArrayType | None, stream: int
-    ) -> Matmul | None:
-        """The product for exactly ``tokens`` rows, or ``None`` if the library has none."""
+    ) -> tuple[Matmul, bool] | None:
+        """The product for exactly ``tokens`` rows, or ``None`` if the library has none.
+
+        And whether there was memory for choosing it.
+        """
+        best, memory = None, True
         try:
-            chosen = self._choice(handle, token_bucket(tokens), direct, stream)
+            best = self._choice(handle, token_bucket(tokens), direct, stream)
         except DeviceMemoryError:
-            # Timing takes operands for the whole bucket; the run itself may still fit.
-            chosen = None
+            memory = False  # timing takes operands for the whole bucket; the run may still fit
+        except LibraryError:
+            pass  # what the library proposes for the bucket fails, which says nothing of this M
         descriptor, layouts = self._described(handle, tokens, direct)
-        if chosen is not None:
+        if best is not None:
             try:
-                return Matmul(
-                    handle, descriptor, layouts, check(handle, descriptor, layouts, chosen)
-                )
+                found = check(handle, descriptor, layouts, best)
+                return Matmul(handle, descriptor, layouts, found), memory
             except DeviceMemoryError:
                 raise
             except LibraryError:
                 pass  # what was chosen for the bucket need not run for every M in it
-        found = self._candidates(handle, descriptor, layouts)
-        return Matmul(handle, descriptor, layouts, found[0]) if found else None
+        proposed = self._candidates(handle, descriptor, layouts)
+        return (Matmul(handle, descriptor, layouts, proposed[0]), memory) if proposed else None
 
     def _choice(
         self, handle: Handle, bucket: int, direct: ArrayType | None, stream: int

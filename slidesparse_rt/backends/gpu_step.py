@@ -52,12 +52,15 @@ class Product(ABC):
         How the product is done, for people; "" where the library does not say.
     rows_read:
         Rows of tokens that there must be memory for where they are more than the tokens.
+    chosen:
+        Whether it was chosen among others, if there are any; not where there was no memory for it.
     """
 
     scratch_bytes: int
     direct: bool
     how: str
     rows_read: int = 0
+    chosen: bool = True
 
     @abstractmethod
     def launch(
@@ -189,6 +192,11 @@ class Step:
         # What is launched, and the addresses, strides and stream that it is aimed at.
         self._runs: tuple[Callable[[], int | None], ...] = ()
         self._now: tuple[int, ...] | None = None
+
+    @property
+    def chosen(self) -> bool:
+        """See :class:`Product`."""
+        return self._product.chosen
 
     def launch(
         self, x: int, x_stride: int, out: int, out_stride: int, workspace: Memory, stream: int

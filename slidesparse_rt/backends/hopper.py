@@ -139,7 +139,10 @@ class HopperPrepared(GpuPrepared):
 
     def make_product(self, tokens: int, direct: ArrayType | None, stream: int) -> _Product:
         assert direct is not None  # can_write() never says no
-        return _Product(self, self._gemm(tokens, direct, self._config(tokens, direct, stream)))
+        config, chosen = self._config(tokens, direct, stream)
+        made = _Product(self, self._gemm(tokens, direct, config))
+        made.chosen = chosen
+        return made
 
     def release(self) -> None:
         self.packed.close()
@@ -159,8 +162,10 @@ class HopperPrepared(GpuPrepared):
             readable=tokens + config.tokens - 1,
         )
 
-    def _config(self, tokens: int, kind: ArrayType, stream: int) -> HopperConfig:
+    def _config(self, tokens: int, kind: ArrayType, stream: int) -> tuple[HopperConfig, bool]:
         """The fastest configuration; those of a bucket are timed once a device and shape.
+
+        And whether there was memory for that.
 
         What was measured for the bucket is scaled by what tiles tell: a round of them that hardly
         any multiprocessor takes part in costs as much as a full one.
@@ -181,7 +186,7 @@ class HopperPrepared(GpuPrepared):
                     found = self.device.choices[key] = self._timed(bucket, kind, stream)
                 except DeviceMemoryError:
                     # Timing takes operands for the whole bucket; the run itself may still fit.
-                    return self._promising(bucket)[0]
+                    return self._promising(bucket)[0], False
         times: _Times = found
         likened = bucket if bucket <= _COLD_TOKENS else tokens
 
@@ -189,7 +194,7 @@ class HopperPrepared(GpuPrepared):
             config, milliseconds = timed
             return milliseconds * self._clocks(config, likened) / self._clocks(config, bucket)
 
-        return min(times, key=expected)[0]
+        return min(times, key=expected)[0], True
 
     def _clocks(self, config: HopperConfig, tokens: int) -> float:
         return clocks(config, self.weight.n, self._slid_bytes, tokens, self.device.sm_count)

@@ -398,8 +398,8 @@ def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
 def _hopper_settings() -> list[dict[str, Any]]:
     """How hopper_gemm is compiled for each configuration that is timed for some product."""
     found: dict[tuple[object, ...], dict[str, Any]] = {}
-    # Token buckets, from the fewest to those of prefills; few channels and a long K', so that
-    # nothing is ruled out and K' is worth sharing.
+    # From few tokens to those of prefills; few channels and a long K', so that nothing is ruled out
+    # and K' is worth sharing.
     for tokens in (1 << power for power in range(4, 15)):
         for config in configurations(128, 1 << 16, tokens, 132):
             settings = config.settings

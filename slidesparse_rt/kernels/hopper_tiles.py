@@ -47,6 +47,8 @@ _LEAST_STEPS = 2
 #: are clusters: the parts of a GPU (MIG) may have none of that size.
 MOST_CLUSTER = 8
 _CLUSTERS_FROM = 64
+#: A cluster lies within a part of the GPU that has at least so many multiprocessors, mostly.
+_CLUSTERED = 16
 #: To choose the number of parts: bytes a clock of operands from L2 (docs/hopper-kernel.md, "The
 #: budget") and of sums that blocks write and read; clocks around each tile and around each part.
 _INGRESS, _WRITTEN, _READ, _TILE_CLOCKS, _PART_CLOCKS = 64, 32, 64, 3000, 10000
@@ -117,8 +119,12 @@ class HopperConfig:
 
     @property
     def gathers(self) -> bool:
-        """Whether blocks of a cluster can share its tiles: their sums fit where stages were."""
-        room = self.stages * self._stage_bytes(2) + self.results_bytes
+        """Whether blocks of a cluster can share its tiles.
+
+        Their sums must fit where stages and boxes of results were, of any operands and results.
+        """
+        boxes = 2 * 4 * self.groups * self.chunk(2) * 64 if self.blocks == 2 else 0
+        room = self.stages * self._stage_bytes(2) + boxes
         return not self.k_groups and self.rows * self.tokens * 4 <= room
 
     @property
@@ -411,11 +417,15 @@ def _clustered(
 ) -> list[HopperConfig]:
     """The same with clusters, where there are too few tiles for all multiprocessors.
 
-    Of the largest size with which all tiles are worked on at a time, and of one less: clusters lie
-    within a part of the GPU, so that not all multiprocessors can have one.
+    Of the largest size with which all tiles are worked on at a time, as far as numbers tell, and of
+    one less, as they do not tell how this GPU is built.
     """
     if not config.gathers or sm_count < _CLUSTERS_FROM:
         return []
     tiles, steps = tiling(config, n, slid_bytes, tokens, sm_count).tiles, slid_bytes // STEP_BYTES
-    most = min(MOST_CLUSTER, sm_count // tiles, steps // _LEAST_STEPS)
-    return [replace(config, cluster=size) for size in range(max(2, most - 1), most + 1)]
+    sizes = [
+        size
+        for size in range(2, min(MOST_CLUSTER, steps // _LEAST_STEPS) + 1)
+        if tiles <= sm_count // _CLUSTERED * (_CLUSTERED // size)
+    ]
+    return [replace(config, cluster=size) for size in sizes[-2:]]

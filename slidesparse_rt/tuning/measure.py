@@ -264,7 +264,10 @@ class _Bench:
             x = self._x + start * self._k * _BF16_BYTES
             y = self._y + start * self._n * _BF16_BYTES
             direct = form.can_write(_BF16, y, self._n, part)
-            steps.append((form.step(part, _BF16, _BF16, direct, self._pointer), x, y))
+            step = form.step(part, _BF16, _BF16, direct, self._pointer)
+            if not step.chosen:  # so slow it need not be
+                raise DeviceMemoryError(f"there is no memory to choose how {name} multiplies them")
+            steps.append((step, x, y))
 
         def launch() -> None:
             with workspace.lock:

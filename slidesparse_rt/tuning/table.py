@@ -53,14 +53,16 @@ def buckets_up_to(most: int) -> tuple[int, ...]:
 def coarse_first(buckets: Sequence[int]) -> list[int]:
     """The same numbers in an order of which every beginning is spread over their whole range.
 
-    A measurement that a time budget cuts short has then seen few and many tokens.
+    A measurement that a time budget cuts short has then seen few and many tokens.  Numbers that
+    fill no tile come last.
     """
-    left, found = list(range(len(buckets))), []
-    for step in (len(buckets) - 1, 4, 2, 1):
+    whole = [tokens for tokens in buckets if tokens not in _PARTIAL]
+    left, found = list(range(len(whole))), []
+    for step in (len(whole) - 1, 4, 2, 1):
         for index in [index for index in left if index % max(1, step) == 0]:
-            found.append(buckets[index])
+            found.append(whole[index])
             left.remove(index)
-    return found
+    return found + [tokens for tokens in buckets if tokens in _PARTIAL]
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,7 +234,7 @@ void stores_wait_read() {
     groups.erase(groups.begin());
   }
 }
-inline void visible_to_copies() {}
+inline void visible_to_copies() {}  // copies see everything here: that it is missing does not show
 
 // --- warpgroups -----------------------------------------------------------------------------------
 
