@@ -241,6 +241,11 @@ class FakeKernels:
         self.cuda = LaunchingCuda()
         self.limits = DeviceLimits((9, 0), sm_count, HOPPER_SHARED_BYTES)
         self.loaded: list[tuple[KernelSpec, int]] = []
+        #: What was compiled ahead, and how much was loaded before.
+        self.ahead: list[tuple[set[KernelSpec], int]] = []
+
+    def compile_ahead(self, specs: Any) -> None:
+        self.ahead.append((set(specs), len(self.loaded)))
 
     def load(self, spec: KernelSpec, *, shared_bytes: int = 0) -> Kernel:
         self.loaded.append((spec, shared_bytes))

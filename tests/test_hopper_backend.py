@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_cuda import FakeKernels
 from fake_gpu import Gpu, Memory
-from hopper_cases import DTYPES, OUT_TYPES
+from hopper_cases import DTYPES, OUT_TYPES, spec_of
 
 import slidesparse_rt as ss
 from slidesparse_rt.backends import Problem, hopper
@@ -238,6 +238,10 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
     made.make_product(tokens, array_type("bfloat16"), STREAM)
     (timed,) = machine.timed
     promising = configurations(N, made._slid_bytes, bucket, 132)
+    # All are compiled before the first is loaded.
+    ((ahead, loaded),) = machine.kernels.ahead
+    used = {spec for spec, _ in machine.kernels.loaded[loaded:]}
+    assert used <= ahead == {spec_of(config, "int8", "bfloat16") for config in promising}
     assert timed["stream"] == STREAM
     assert timed["flushed"] == ([2 * machine.gpu.l2_bytes] if cold else [])
     assert len(timed["launches"]) == len(promising)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -266,6 +267,27 @@ def test_a_kernel_is_compiled_once_per_process_and_once_per_directory(tmp_path):
     assert len(list(directory.iterdir())) == 2
 
 
+def test_kernels_are_compiled_side_by_side_and_each_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler, "_threads", lambda: 4)
+    library = CountingNvrtc()
+    kernels = Compiler(tmp_path, library=library)
+    refused = replace(WEIGHT, defines=(("TYPE", 99),))
+    wanted = [(WEIGHT, "sm_90"), (WEIGHT, "sm_80"), (refused, "sm_90"), (WEIGHT, "sm_89")]
+    # However often one is asked for, by whichever threads.
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(kernels.compile_ahead, [wanted * 2, wanted[::-1], wanted[:1]]))
+    assert len(list(tmp_path.iterdir())) == 3
+    done = [kernels.compile(spec, architecture) for spec, architecture in wanted if spec is WEIGHT]
+    assert len({compiled.key for compiled in done}) == 3
+    assert [compiled.cubin for compiled in done] == [
+        compiler.compile_cubin(WEIGHT, architecture, library=library).cubin
+        for architecture in ("sm_90", "sm_80", "sm_89")
+    ]
+    # What NVRTC refuses it is asked for again, and says why to who needs it.
+    with pytest.raises(CompileError):
+        kernels.compile(refused, "sm_90")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -460,6 +482,18 @@ def test_shared_memory_of_a_kernel_is_only_ever_raised(kernels, cuda):
     kernels.load(spec, shared_bytes=100_000)
     kernels.load(spec, shared_bytes=50_000)
     assert cuda.shared == {function: 100_000}
+
+
+def test_what_is_compiled_ahead_is_only_loaded_later(cuda):
+    library = CountingNvrtc()
+    exact = spec_of(HopperConfig(16, 1, 2, True), "int8", "bfloat16")
+    with KernelCache(3, Compiler(library=library), library=cuda) as kernels:
+        kernels.compile_ahead({WEIGHT, exact})
+        assert (library.compiled, cuda.modules) == (2, {})
+        kernels.load(WEIGHT)
+        kernels.load(exact)
+        assert library.compiled == 2
+        assert len(cuda.modules) == 2
 
 
 def test_a_dropped_cache_unloads_its_kernels(cuda, nvrtc):

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
-from ..kernels.hopper import HopperGemm, pack_weights
+from ..kernels.hopper import HopperGemm, gemm_kernel, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, ROW_MULTIPLE, STEP_BYTES, packed_bytes
 from ..kernels.hopper_tiles import HopperConfig, clocks, configurations
 from ..kernels.loader import kernels_of
@@ -207,6 +207,9 @@ class HopperPrepared(GpuPrepared):
         promising = self._promising(bucket)
         if len(promising) == 1:
             return ((promising[0], 1.0),)
+        kernels_of(device.index).compile_ahead(
+            {gemm_kernel(operand.name, kind.name, config) for config in promising}
+        )
         products = [_Product(self, self._gemm(bucket, kind, config)) for config in promising]
         rows = max(product.rows_read for product in products)
         counted = max(1, *(product.counters for product in products))

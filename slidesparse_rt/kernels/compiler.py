@@ -16,9 +16,11 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib import resources
@@ -273,8 +275,10 @@ class Compiler:
         self._directory = directory
         self._library = library
         self._folder = folder
+        # Each kernel is compiled by one thread, different ones at a time.
         self._lock = threading.Lock()
         self._sources: dict[str, Source] = {}
+        self._started: dict[str, threading.Lock] = {}
         self._done: dict[str, CompiledKernel] = {}
 
     @property
@@ -329,12 +333,32 @@ class Compiler:
                 # NVRTC's own cache forgets the log, which has the registers and spills.
                 options += ("--no-cache",)
             key = cache_key(source, options, architecture, self.library.version)
-            found = self._done.get(key) or self._kept(key)
+            started = self._started.setdefault(key, threading.Lock())
+        with started:
+            found = self._done.get(key)
             if found is None:
-                found = _build(self.library, source, options, architecture, key, spec.title)
-                self._keep(found)
-            self._done[key] = found
+                found = self._kept(key)
+                if found is None:
+                    library = self.library
+                    found = _build(library, source, options, architecture, key, spec.title)
+                    self._keep(found)
+                self._done[key] = found
             return found
+
+    def compile_ahead(self, specs: Iterable[tuple[KernelSpec, str]]) -> None:
+        """Compile kernels, each for its architecture, side by side.
+
+        Returns when all are done.  What NVRTC refuses is left to :meth:`compile`, which says so.
+        """
+
+        def try_one(wanted: tuple[KernelSpec, str]) -> None:
+            with contextlib.suppress(CompileError):
+                self.compile(*wanted)
+
+        all_of_them = list(specs)
+        if len(all_of_them) > 1:
+            with ThreadPoolExecutor(min(len(all_of_them), _threads())) as threads:
+                list(threads.map(try_one, all_of_them))
 
     def _kept(self, key: str) -> CompiledKernel | None:
         """Read what an earlier process compiled; ``None`` if there is nothing or it is damaged."""
@@ -359,6 +383,12 @@ class Compiler:
                 self._directory / f"{compiled.key}.cubin",
                 json.dumps(facts).encode() + b"\n" + compiled.cubin,
             )
+
+
+def _threads() -> int:
+    """How many kernels are compiled at a time: as CPUs that this process may use, at most 16."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return min(16, len(allowed(0)) if allowed else os.cpu_count() or 1)
 
 
 def compile_cubin(

@@ -25,7 +25,7 @@ from .hopper_tiles import (
 from .launch import Launch
 from .loader import Cuda, KernelCache
 
-__all__ = ["HOPPER_PACK_ARGUMENTS", "FixedGemm", "HopperGemm", "pack_weights"]
+__all__ = ["HOPPER_PACK_ARGUMENTS", "FixedGemm", "HopperGemm", "gemm_kernel", "pack_weights"]
 
 #: Kernel arguments of hopper_pack as codes of struct.
 HOPPER_PACK_ARGUMENTS = "QqQqi"
@@ -60,6 +60,11 @@ _OUT, _OUT_STRIDE, _STORING = 4, 5, 19
 
 # How results are stored (hopper_gemm.cu).
 _ONE_BY_ONE, _SIDE_BY_SIDE, _IN_BOXES = 0, 1, 2
+
+
+def gemm_kernel(dtype: str, out_type: str, config: HopperConfig) -> catalog.KernelSpec:
+    """The kernel of a configuration; formats as of :class:`HopperGemm`."""
+    return catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
 
 
 class HopperGemm:
@@ -138,7 +143,7 @@ class HopperGemm:
         self.rows_read = min(max(readable or 0, tokens), cut.token_tiles * config.tokens)
         self._out_bytes = array_type(out_type).bits // 8
         self._n = n
-        spec = catalog.hopper_gemm(operand(dtype).name, out_type, **config.settings)
+        spec = gemm_kernel(dtype, out_type, config)
         self.kernel = kernels.load(spec, shared_bytes=config.shared_bytes)
         self._shape = (cut.blocks, config.threads, 1, config.shared_bytes)
         limit = _EARLY_TOKENS_SHORT if slid_bytes <= _SHORT_ROWS else _EARLY_TOKENS

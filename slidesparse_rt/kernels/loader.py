@@ -16,7 +16,7 @@ import ctypes
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
@@ -249,6 +249,16 @@ class KernelCache:
             kernel = Kernel(spec, function, compiled.entries[spec.entry])
             self._kernels[spec, shared_bytes] = kernel
             return kernel
+
+    def compile_ahead(self, specs: Iterable[KernelSpec]) -> None:
+        """Compile kernels that :meth:`load` will be asked for side by side.
+
+        Raises BackendUnavailable, CompileError where there is no NVRTC, or none for this GPU.
+        """
+        capability, compiler = self.limits.capability, self._compiler
+        compiler.compile_ahead(
+            (spec, compiler.architecture(capability, exact=spec.exact)) for spec in specs
+        )
 
     def occupancy(self, kernel: Kernel, threads: int, shared_bytes: int) -> int:
         """Return how many blocks of ``threads`` run on a multiprocessor at a time."""
