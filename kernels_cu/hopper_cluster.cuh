@@ -7,10 +7,10 @@
 // writes an equal portion of the tile out of the shared memory of all, in the order of K'.  All threads of the
 // cluster meet twice for it, also those that load stages: when the sums are there, and when they are read.
 // Not before may a block load further stages, or end.
-SS_DEVICE void gather_cluster(const Sums& sums, u32 stages, const Place& place, int thread, const Shape& shape,
+SS_DEVICE void gather_cluster(const Sums& sums, const Place& place, int thread, const Shape& shape,
                               const Epilogue& to) {
   static_assert(!CLUSTERS || WORKERS * PIECES * GROUP_THREADS * 16 <= SCALES, "sums must fit before the rest");
-  const u32 own = stages + (place.group * PIECES * GROUP_THREADS + thread) * 16;
+  const u32 own = place.shared + (place.group * PIECES * GROUP_THREADS + thread) * 16;
   // Until no product of another warpgroup reads a stage.
   named_barrier(STAGES_READ, SHARERS);
 #pragma unroll

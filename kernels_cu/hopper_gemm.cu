@@ -122,9 +122,7 @@ SS_DEVICE Item kept_item(const Place& place) {
   item.weight_tile = shared_load4(place.item()), item.token_tile = shared_load4(place.item() + 4);
   return item;
 }
-SS_DEVICE bool is_shared(const Place& place) {
-  return CLUSTERS || (SPLITS && shared_load4(place.item() + 8) > 1);
-}
+SS_DEVICE bool is_shared(const Place& place) { return SPLITS && shared_load4(place.item() + 8) > 1; }
 SS_DEVICE Sharing kept_sharing(const Place& place) {
   Sharing sharing;
   sharing.parts = shared_load4(place.item() + 8), sharing.part = shared_load4(place.item() + 12);
@@ -359,7 +357,7 @@ hopper_gemm(const __grid_constant__ TensorMap token_map, const __grid_constant__
 
     if constexpr (K_GROUPS) gather_groups(sums, group, thread, stages + GATHER, gather_free, number);
     if constexpr (CLUSTERS) {
-      gather_cluster(sums, stages, place, thread, shape, to);
+      gather_cluster(sums, place, thread, shape, to);
     } else if (!K_GROUPS || group == 0) {
       if (!is_shared(place) || add_second(sums, place, thread, meeting)) {
         const Target target = target_of(kept_item(place), place, shape);

@@ -91,7 +91,7 @@ class FixedLaunch:
         Whether the kernel may begin before the one launched before it on the stream is over, for
         which it waits by itself (programmatic dependent launch).
     cluster:
-        Blocks of a cluster, of which there are a whole number; 1: none are asked for.
+        Blocks of a cluster, of which there are a whole number; 0: there are none.
 
     Attributes
     ----------
@@ -128,7 +128,7 @@ class FixedLaunch:
         *,
         maps: int = 0,
         early: bool = False,
-        cluster: int = 1,
+        cluster: int = 0,
     ) -> None:
         self._cuda = cuda
         self._codes, self._offsets = layout, argument_offsets(layout)
@@ -145,7 +145,7 @@ class FixedLaunch:
         asked = []
         if early:
             asked.append(_LaunchAttribute(kind=_EARLY_START, value=(1, 0, 0)))
-        if cluster > 1:
+        if cluster:
             asked.append(_LaunchAttribute(kind=_CLUSTER, value=(cluster, 1, 1)))
         self._attributes = (_LaunchAttribute * len(asked))(*asked)
         self._settings = _LaunchSettings(

@@ -243,7 +243,7 @@ class HopperGemm:
             ),
             maps=2,
             early=self._early,
-            cluster=max(1, self.config.cluster),
+            cluster=self.config.cluster,
         )
         return FixedGemm(self, launch, token_map)
 

@@ -123,8 +123,7 @@ class HopperConfig:
 
         Their sums must fit where stages and boxes of results were, of any operands and results.
         """
-        boxes = 2 * 4 * self.groups * self.chunk(2) * 64 if self.blocks == 2 else 0
-        room = self.stages * self._stage_bytes(2) + boxes
+        room = self.stages * self._stage_bytes(2) + self._boxes_bytes(self.chunk(2))
         return not self.k_groups and self.rows * self.tokens * 4 <= room
 
     @property
@@ -156,9 +155,12 @@ class HopperConfig:
 
     @property
     def results_bytes(self) -> int:
-        """Shared memory through which results leave."""
-        # Two buffers a warp, of its channels by 64 bytes: 32 tokens of 16 bits, 16 of 32.
-        return self.groups * 2 * 64 * self.blocks * 64 if self.blocks == 2 else 0
+        """Shared memory through which results leave: as 32 tokens of 16 bits need, or 16 of 32."""
+        return self._boxes_bytes(32)
+
+    def _boxes_bytes(self, tokens: int) -> int:
+        # Two buffers a warp, of its 32 channels by so many tokens of 16 bits.
+        return self.groups * 4 * 2 * 32 * tokens * 2 if self.blocks == 2 else 0
 
     @property
     def extra_bytes(self) -> int:
