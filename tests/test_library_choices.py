@@ -17,6 +17,24 @@ HANDLE: Any = SimpleNamespace(library=SimpleNamespace(version=130100))
 BF16 = array_type("bfloat16")
 
 
+class Product:
+    """Stands for a product: what is multiplied, and whether it was chosen."""
+
+    def __init__(self, made: Any, matmul: Any, *, direct: bool, scaled: bool) -> None:
+        assert not scaled or direct
+        self.matmul, self.direct = matmul, direct
+        self.chosen = True
+
+
+def found(made: Any, tokens: int, direct: Any) -> Any:
+    """The product for so many tokens: its call, and whether it was chosen."""
+    product = made._found(HANDLE, tokens, direct, 0)
+    if product is None:
+        return None
+    assert product.direct == (direct is not None)
+    return product.matmul, product.chosen
+
+
 class Library:
     """Stands for cuBLASLt: algorithms are named by the tokens that they were proposed for."""
 
@@ -29,6 +47,7 @@ class Library:
         monkeypatch.setattr(dense.DensePrepared, "_timed", self._timed)
         monkeypatch.setattr(dense, "check", self._check)
         monkeypatch.setattr(dense, "Matmul", lambda handle, m, layouts, found: (m, found.algorithm))
+        monkeypatch.setattr(dense, "_Product", Product)
 
     def _candidates(self, handle: Any, m: int, layouts: int) -> list[Any]:
         names = [b"first of %d" % m, b"best of %d" % m]
@@ -56,6 +75,7 @@ def prepared() -> Any:
     made: Any = object.__new__(dense.DensePrepared)
     made.device = SimpleNamespace(lock=threading.RLock(), choices={})
     made.padded_n, made.row_length, made.token_multiple = 64, 128, 16
+    made._fuses = True
     made.weight = SimpleNamespace(operand=SimpleNamespace(name="int8"), bias=0)
     return made
 
@@ -63,13 +83,13 @@ def prepared() -> Any:
 def test_dense_times_its_algorithms_for_the_bucket_whatever_comes_first(library: Library) -> None:
     made = prepared()
     for tokens in (520, 768, 700):
-        assert made._matmul(HANDLE, tokens, BF16, 0) == ((tokens, b"best of 768"), True)
+        assert found(made, tokens, BF16) == ((tokens, b"best of 768"), True)
     assert library.timed == [768]
     # Sums without a type of results are other products.
-    assert made._matmul(HANDLE, 768, None, 0) == ((768, b"best of 768"), True)
-    assert made._matmul(HANDLE, 769, BF16, 0) == ((769, b"best of 1024"), True)
+    assert found(made, 768, None) == ((768, b"best of 768"), True)
+    assert found(made, 769, BF16) == ((769, b"best of 1024"), True)
     assert library.timed == [768, 768, 1024]
-    assert made._matmul(HANDLE, 10**6, BF16, 0) == (
+    assert found(made, 10**6, BF16) == (
         (10**6, b"best of %d" % TOKEN_BUCKETS[-1]),
         True,
     )
@@ -78,28 +98,28 @@ def test_dense_times_its_algorithms_for_the_bucket_whatever_comes_first(library:
 def test_dense_takes_the_favourite_where_the_choice_does_not_run(library: Library) -> None:
     made = prepared()
     library.refuses = True
-    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"first of 700"), True)
+    assert found(made, 700, BF16) == ((700, b"first of 700"), True)
     library.refuses = False
-    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"best of 768"), True)
+    assert found(made, 700, BF16) == ((700, b"best of 768"), True)
 
 
 def test_dense_goes_on_where_there_is_no_memory_for_timing(library: Library) -> None:
     made = prepared()
     library.broken = DeviceMemoryError("no bytes left")
-    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"first of 700"), False)
+    assert found(made, 700, BF16) == ((700, b"first of 700"), False)
     assert made.device.choices == {}  # timed the next time
     library.broken = None
-    assert made._matmul(HANDLE, 700, BF16, 0) == ((700, b"best of 768"), True)
+    assert found(made, 700, BF16) == ((700, b"best of 768"), True)
 
 
 def test_dense_goes_on_where_nothing_runs_for_the_bucket(library: Library) -> None:
     library.broken = LibraryError("not for so many")
-    assert prepared()._matmul(HANDLE, 700, BF16, 0) == ((700, b"first of 700"), True)
+    assert found(prepared(), 700, BF16) == ((700, b"first of 700"), True)
 
 
 def test_dense_says_where_the_library_has_nothing(library: Library) -> None:
     library.proposes = False
-    assert prepared()._matmul(HANDLE, 700, BF16, 0) is None
+    assert found(prepared(), 700, BF16) is None
     assert library.timed == []
 
 

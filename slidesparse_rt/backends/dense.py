@@ -89,9 +89,8 @@ class _Product(Product):
         *,
         direct: bool,
         scaled: bool,
-        chosen: bool = True,
     ) -> None:
-        self.direct, self.chosen = direct, chosen
+        self.direct = direct
         self.how = ""
         self.scratch_bytes = matmul.candidate.workspace_bytes
         self._matmul = matmul
@@ -173,31 +172,29 @@ class DensePrepared(GpuPrepared):
         handle = SHARED.cublaslt(self.device.index, around=partial(working_on, self.device.index))
         made = None
         if direct is not None:
-            made = self._matmul(handle, tokens, direct, stream)
-        if made is not None:
-            matmul, chosen = made
-            return _Product(self, matmul, direct=True, scaled=self._fuses, chosen=chosen)
+            made = self._found(handle, tokens, direct, stream)
         padded = round_up(tokens, self.token_multiple)
-        made = self._matmul(handle, padded, None, stream)
+        made = made or self._found(handle, padded, None, stream)
         if made is None:
             raise BackendUnavailable(
                 f"cuBLASLt {handle.library.version} has no algorithm for {padded} x "
                 f"{self.padded_n} x {self.row_length} {self.weight.operand.name} on "
                 f"{self.device.name}; use backend='cusparselt'"
             )
-        matmul, chosen = made
-        return _Product(self, matmul, direct=False, scaled=False, chosen=chosen)
+        return made
 
     def release(self) -> None:
         self.packed.close()
 
-    def _matmul(
-        self, handle: Handle, tokens: int, direct: ArrayType | None, stream: int
-    ) -> tuple[Matmul, bool] | None:
-        """The product for exactly ``tokens`` rows, or ``None`` if the library has none.
+    def _product(self, matmul: Matmul, direct: ArrayType | None) -> _Product:
+        """The product of a call that writes results of ``direct``, or sums."""
+        writes = direct is not None
+        return _Product(self, matmul, direct=writes, scaled=writes and self._fuses)
 
-        And whether there was memory for choosing it.
-        """
+    def _found(
+        self, handle: Handle, tokens: int, direct: ArrayType | None, stream: int
+    ) -> _Product | None:
+        """The product for exactly ``tokens`` rows, or ``None`` if the library has none."""
         best, memory = None, True
         try:
             best = self._choice(handle, token_bucket(tokens), direct, stream)
@@ -206,16 +203,22 @@ class DensePrepared(GpuPrepared):
         except LibraryError:
             pass  # what the library proposes for the bucket fails, which says nothing of this M
         descriptor, layouts = self._described(handle, tokens, direct)
+        found: Candidate | None = None
         if best is not None:
             try:
                 found = check(handle, descriptor, layouts, best)
-                return Matmul(handle, descriptor, layouts, found), memory
             except DeviceMemoryError:
                 raise
             except LibraryError:
                 pass  # what was chosen for the bucket need not run for every M in it
-        proposed = self._candidates(handle, descriptor, layouts)
-        return (Matmul(handle, descriptor, layouts, proposed[0]), memory) if proposed else None
+        if found is None:
+            proposed = self._candidates(handle, descriptor, layouts)
+            if not proposed:
+                return None
+            found = proposed[0]
+        made = self._product(Matmul(handle, descriptor, layouts, found), direct)
+        made.chosen = memory
+        return made
 
     def _choice(
         self, handle: Handle, bucket: int, direct: ArrayType | None, stream: int
@@ -300,12 +303,7 @@ class DensePrepared(GpuPrepared):
         ):
             runs = []
             for candidate in found:
-                product = _Product(
-                    self,
-                    Matmul(handle, descriptor, layouts, candidate),
-                    direct=direct is not None,
-                    scaled=direct is not None and self._fuses,
-                )
+                product = self._product(Matmul(handle, descriptor, layouts, candidate), direct)
                 runs.append(
                     lambda product=product: product.launch(
                         x.pointer,
