@@ -239,7 +239,7 @@ def test_equal_ranges(
     ("tokens", "cluster", "sm_count", "n", "m", "steps"),
     [
         (32, 2, 2, 300, 70, 5),  # one cluster for all tiles
-        (64, 3, 9, 700, 100, 7),  # clusters with several tiles, and with one more than others
+        (64, 3, 9, 900, 100, 7),  # clusters with several tiles, and with one more than others
         (128, 5, 10, 300, 10, 5),  # hardly any K'
         (160, 8, 16, 500, 170, 19),  # more blocks than there are slices to add up for some
         (32, 8, 8, 70, 5, 64),

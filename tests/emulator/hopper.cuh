@@ -163,7 +163,7 @@ inline unsigned block_of_cluster(u32 there) {
 }
 inline uint4 cluster_load16(u32 there) {
   uint4 v;
-  std::memcpy(&v, shared_base_of(block_of_cluster(there)) + (shared_at(there % OF_RANK, 16) - machine.shared_base), 16);
+  std::memcpy(&v, shared_at(there % OF_RANK, 16, shared_base_of(block_of_cluster(there))), 16);
   return v;
 }
 

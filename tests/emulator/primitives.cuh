@@ -210,9 +210,10 @@ inline int turn_of_block(int order, int asleep) {
 
 // Runs `entry` (24 arguments) over a grid of `blocks`.  `order`: 0, threads take turns; 1, the last one
 // first, and the last block; larger, each warpgroup of 128 in turn sleeps while the others go on, as this
-// seed says, and where several blocks run, one of them.  `together`: blocks run at a time rather than one after the other, and who looks whether others
-// have come lets them take so many turns.  `linger`: turns that every other warpgroup is late behind barriers
-// among warpgroups.  `cluster`: blocks of a cluster, which always run at a time.  Returns "" or what went wrong.
+// seed says, and one block of several that are a cluster.  `together`: blocks run at a time rather than one
+// after the other, and who looks whether others have come lets them take so many turns.  `linger`: turns that
+// every other warpgroup is late behind barriers among warpgroups.  `cluster`: blocks of a cluster, which
+// always run at a time.  Returns "" or what went wrong.
 extern "C" __attribute__((used, visibility("default"))) const char*
 emulate(void (*entry)(), const u64* arguments, unsigned blocks, unsigned x, unsigned y, u32 shared_bytes,
         int order, int together, int linger, int cluster) {
@@ -290,14 +291,14 @@ inline uint2 load8_once(const void* address) { return checked_load<uint2>(addres
 inline u32 shared_address(const void* pointer) {
   return static_cast<u32>(static_cast<const u8*>(pointer) - machine.shared_base);
 }
-inline u8* shared_at(u32 address, u32 bytes) {
+inline u8* shared_at(u32 address, u32 bytes, u8* base = machine.shared_base) {
   static u8 nowhere[16];
   if (address % bytes) complain("misaligned access to shared memory");
   if (address + bytes > machine.shared_bytes) {
     complain("access beyond shared memory");
     return nowhere;
   }
-  return machine.shared_base + address;
+  return base + address;
 }
 inline u32 shared_load4(u32 address) {
   u32 v;
