@@ -8,8 +8,9 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from slidesparse_rt.ffi.libraries import load
 from slidesparse_rt.kernels.catalog import KernelSpec
-from slidesparse_rt.kernels.compiler import Resources
+from slidesparse_rt.kernels.compiler import Nvrtc, Resources
 from slidesparse_rt.kernels.hopper import _GEMM_ARGUMENTS
 from slidesparse_rt.kernels.hopper_tiles import HOPPER_SHARED_BYTES
 from slidesparse_rt.kernels.loader import Cuda, DeviceLimits, Kernel
@@ -250,3 +251,16 @@ class FakeKernels:
     def load(self, spec: KernelSpec, *, shared_bytes: int = 0) -> Kernel:
         self.loaded.append((spec, shared_bytes))
         return Kernel(spec, 700 + len(self.loaded), Resources(168, 0, 0, 0))
+
+
+class CountingNvrtc(Nvrtc):
+    """The real compiler, which counts what it compiles."""
+
+    def __init__(self) -> None:
+        super().__init__(load("nvrtc"))
+        self.compiled = 0
+
+    def raw(self, name):
+        if name == "nvrtcCompileProgram":
+            self.compiled += 1
+        return super().raw(name)
