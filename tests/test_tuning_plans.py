@@ -85,7 +85,7 @@ def test_what_was_cut_short_goes_on(gpu_machine: Machine, monkeypatch: pytest.Mo
         with plan(tuning="measure") as made:
             assert made.timings is not None
             seen.append(tuple(made.timings))
-    assert seen == [(1,), (1, 32_768), (1, 128, 32_768), (1, 128, 768, 32_768)]
+    assert seen == [(1,), (1, 32_768), (1, 128, 32_768), (1, 128, 512, 32_768)]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from bisect import bisect_left
 
 __all__ = ["TOKEN_BUCKETS", "token_bucket"]
 
-#: Powers of two, and from 256 on one and a half times each: tiles are whole, so what is fastest for
+#: Powers of two, and from 128 on one and a half times each: tiles are whole, so what is fastest for
 #: 1024 tokens need not be for 600.
 TOKEN_BUCKETS = (
-    *(16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    *(16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
     *(6144, 8192, 12_288, 16_384, 24_576, 32_768),
 )
 

@@ -17,9 +17,9 @@ from ..errors import OptionError
 
 __all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
-#: Numbers of tokens that fill no tile: products of libraries may be slower than for the next one
-#: that does, and times are no straight lines between those.
-_PARTIAL = (120, 248, 328, 456, 648, 904, 1288, 1800)
+#: Numbers of tokens that fill no tile of the libraries: their products may be slower than for the
+#: next one that does, and times are no straight lines between those.
+_PARTIAL = (120, 184, 208, 248, 328, 456, 648, 904, 1288, 1800)
 #: Numbers of tokens that are measured: one, which decoding has, and those for which backends choose
 #: how to multiply; where a tile more or less tells, others between these.
 BUCKETS = tuple(sorted((1, *TOKEN_BUCKETS, *_PARTIAL)))
