@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ..device_arrays import cupy_stream
 from ..errors import LibraryError
 
-__all__ = ["captured", "fastest", "medians"]
+__all__ = ["balanced", "captured", "fastest", "medians"]
+
+_Key = TypeVar("_Key")
+
+#: Milliseconds of running ahead of what is timed, and most rounds of it: short launches need little
+#: power.
+_AHEAD_MS, _MOST_AHEAD = 20.0, 5
+#: Milliseconds that the rounds take together, within these bounds.
+_ROUNDS_MS, _FEWEST_ROUNDS, _MOST_ROUNDS = 25.0, 7, 15
+#: Less than events tell apart.
+_LEAST_TIME = 1e-6
 
 
 def captured(stream: Any, work: Callable[[], None]) -> Any:
@@ -40,10 +51,9 @@ def medians(
     runs: Sequence[Callable[[], None]],
     stream: int,
     *,
-    rounds: int = 5,
     before: Callable[[], None] | None = None,
 ) -> dict[int, float]:
-    """Median milliseconds of launches over shuffled rounds, by index.
+    """Milliseconds of launches, by index: :func:`balanced` over shuffled rounds of all of them.
 
     A launch that the library refuses is left out.  ``before`` is called ahead of each and not
     timed.  Raises LibraryError if all are refused.
@@ -51,7 +61,7 @@ def medians(
     import cupy
 
     external = cupy_stream(stream)
-    times: dict[int, list[float]] = {}
+    order: list[int] = []
     refusal: LibraryError | None = None
     for index, run in enumerate(runs):
         try:
@@ -59,23 +69,57 @@ def medians(
         except LibraryError as error:
             refusal = error
         else:
-            times[index] = []
-    if not times:
+            order.append(index)
+    if not order:
         raise refusal if refusal is not None else LibraryError("there is nothing to time")
-    order = list(times)
     shuffle = random.Random(0).shuffle
-    pairs = []
-    for _ in range(rounds):
-        shuffle(order)
-        for index in order:
-            if before is not None:
-                before()
-            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-            begin.record(external)
-            runs[index]()
-            end.record(external)
-            pairs.append((index, begin, end))
-    external.synchronize()
-    for index, begin, end in pairs:
-        times[index].append(cupy.cuda.get_elapsed_time(begin, end))
-    return {index: statistics.median(found) for index, found in times.items()}
+
+    def timed(rounds: int) -> list[dict[int, float]]:
+        marks = []
+        for _ in range(rounds):
+            shuffle(order)
+            of_round = {}
+            for index in order:
+                if before is not None:
+                    before()
+                begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+                begin.record(external)
+                runs[index]()
+                end.record(external)
+                of_round[index] = (begin, end)
+            marks.append(of_round)
+        external.synchronize()
+        return [
+            {index: cupy.cuda.get_elapsed_time(*pair) for index, pair in of_round.items()}
+            for of_round in marks
+        ]
+
+    once = max(_LEAST_TIME, sum(timed(1)[0].values()))
+    # Under a load that lasts clocks fall to what power allows, over some tens of milliseconds.
+    timed(min(_MOST_AHEAD, int(_AHEAD_MS / once)))
+    return balanced(timed(min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(_ROUNDS_MS / once)))))
+
+
+def balanced(rounds: Sequence[Mapping[_Key, float]]) -> dict[_Key, float]:
+    """Median of each time over the rounds, without what makes whole rounds faster or slower.
+
+    Clocks change while one measures, by more than what is compared differs.  So each time counts as
+    a part of its round's geometric mean, and the median of these means says how long a part is.
+
+    Parameters
+    ----------
+    rounds:
+        Times of the same things in each.
+    """
+    logs = [
+        {key: math.log(max(time, _LEAST_TIME)) for key, time in times.items()} for times in rounds
+    ]
+    means = [statistics.fmean(times.values()) for times in logs]
+    typical = statistics.median(means)
+    return {
+        key: math.exp(
+            typical
+            + statistics.median(times[key] - mean for times, mean in zip(logs, means, strict=True))
+        )
+        for key in logs[0]
+    }

@@ -2,7 +2,8 @@
 
 What is timed is what a run costs the GPU: quantize and lift, multiply, and the second pass where
 there is one, from bfloat16 to bfloat16.  It is captured as a CUDA graph, so that the host's speed
-plays no part, and replayed in shuffled rounds; the median counts.  Where tokens are few the level-2
+plays no part, and replayed in shuffled rounds (:func:`~slidesparse_rt.backends.timing.balanced`).
+Where tokens are few the level-2
 cache is emptied before every replay: in a model the other layers' weights have gone through it.
 Not so for the smallest weights, which are parts of models that stay in it as a whole.
 """
@@ -14,7 +15,6 @@ import datetime
 import logging
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
 from ..backends.gpu_gemm import GpuPrepared
 from ..backends.gpu_step import Step
-from ..backends.timing import captured
+from ..backends.timing import balanced, captured
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
 from ..errors import DeviceMemoryError, OptionError
@@ -282,7 +282,7 @@ class _Bench:
         return captured(self._stream, launch)
 
     def _times(self, graphs: Mapping[str, Any], *, cold: bool) -> dict[str, float]:
-        """Median microseconds of each graph over shuffled rounds."""
+        """Microseconds of each graph, balanced over shuffled rounds."""
         replays, round_us = {}, 0.0
         for name, graph in graphs.items():
             us = self._warm(graph)
@@ -295,6 +295,7 @@ class _Bench:
         order, marks = list(graphs), []
         for _ in range(rounds):
             self._shuffle(order)
+            of_round = {}
             for name in order:
                 if cold:
                     self._forms.device.clear(
@@ -303,12 +304,15 @@ class _Bench:
                 begin = self._event()
                 for _ in range(replays[name]):
                     graphs[name].launch(self._stream)
-                marks.append((name, begin, self._event()))
+                of_round[name] = (begin, self._event())
+            marks.append(of_round)
         self._stream.synchronize()
-        found: dict[str, list[float]] = {name: [] for name in graphs}
-        for name, begin, end in marks:
-            found[name].append(self._us(begin, end) / replays[name])
-        return {name: statistics.median(us) for name, us in found.items()}
+        return balanced(
+            [
+                {name: self._us(*pair) / replays[name] for name, pair in of_round.items()}
+                for of_round in marks
+            ]
+        )
 
     def _warm(self, graph: Any) -> float:
         """Run a graph for a while; roughly how many microseconds it takes."""
