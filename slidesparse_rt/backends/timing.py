@@ -20,7 +20,7 @@ _Key = TypeVar("_Key")
 #: power.
 _AHEAD_MS, _MOST_AHEAD = 20.0, 5
 #: Milliseconds that the rounds take together, within these bounds.
-_ROUNDS_MS, _FEWEST_ROUNDS, _MOST_ROUNDS = 25.0, 7, 15
+_ROUNDS_MS, _FEWEST_ROUNDS, _MOST_ROUNDS = 25.0, 5, 15
 #: Less than events tell apart.
 _LEAST_TIME = 1e-6
 
