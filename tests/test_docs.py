@@ -22,7 +22,7 @@ from slidesparse_rt.bench.report.accuracy import METHODS, costs
 from slidesparse_rt.bench.report.page import outdated, own_checkout
 from slidesparse_rt.bench.report.passes import GOAL, Group, groups
 from slidesparse_rt.bench.report.plots import draw
-from slidesparse_rt.bench.report.results import Key, products, read_result
+from slidesparse_rt.bench.report.results import Key, Measured, products, read_result
 from slidesparse_rt.dtypes import storage_bits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,22 +177,29 @@ def test_pages_and_plots_show_the_result_files() -> None:
     assert f"{result['rows'][0]['weights_per_second'] / 1e6:.0f}" in page
 
 
-def test_the_readme_quotes_the_performance_of_an_h100() -> None:
-    files = sorted((ROOT / "benchmarks" / "results").glob("gemm-*h100*.json"))
-    rows = products([read_result(path) for path in files], "gemm")["hopper"]
+def products_of(gpu: str) -> Measured:
+    """What was measured of the backend hopper on a GPU; the later file counts."""
+    files = sorted((ROOT / "benchmarks" / "results").glob(f"gemm-*{gpu}*.json"))
+    return products([read_result(path) for path in files], "gemm")["hopper"]
 
-    def ratios(m: int, mode: str) -> list[str]:
+
+def test_the_readme_quotes_the_performance_of_both_gpus() -> None:
+    def ratios(m: int, mode: str, rows: Measured) -> list[str]:
         keys = [Key("qwen2.5-7b", "6:8", dtype, m, "op", mode) for dtype in ("int8", "fp8_e4m3")]
         return [f"{rows[key].row['ratio_best_8bit']['hopper']:.2f}" for key in keys]
 
+    h100, h200 = products_of("h100"), products_of("h200")
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    many, fewer = ratios(16384, "sustained"), ratios(2048, "sustained")
+    many, fewer = ratios(16384, "sustained", h100), ratios(2048, "sustained", h100)
     assert f"16,384 tokens {many[0]} (int8) and {many[1]} (fp8) times as fast" in text
     assert f"at 2,048 tokens {fewer[0]} and {fewer[1]}." in text
-    few, some = ratios(16, "burst"), ratios(256, "burst")
+    few, some = ratios(16, "burst", h100), ratios(256, "burst", h100)
     assert (
         f"of 16 tokens it is {few[0]} and {few[1]}, of 256 tokens {some[0]} and {some[1]};" in text
     )
+    cases = ((16384, "sustained"), (2048, "sustained"), (16, "burst"), (256, "burst"))
+    same = ", ".join(" and ".join(ratios(m, mode, h200)) for m, mode in cases)
+    assert f"On an H200, where dense fp8 is faster, the same are {same}." in text
 
 
 def test_the_page_of_the_kernel_says_what_it_reaches() -> None:
@@ -227,6 +234,46 @@ def test_the_page_of_the_kernel_says_what_it_reaches() -> None:
         assert f"| {pattern} | {few} |" in page
         wide = burst[pattern, "bf16", 4096, "gemm", "burst"]["ratio"]["hopper"]
         assert f"{pattern} {wide:.2f}" in page
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "many"),
+    [
+        ("Qwen2.5-7B", "qwen2.5-7b", 16384),
+        ("Llama-3.2-3B", "llama-3.2-3b", 8192),
+        ("Qwen2.5-14B", "qwen2.5-14b", 8192),
+    ],
+)
+def test_the_page_of_the_kernel_says_what_it_reaches_on_an_h200(
+    model: str, name: str, many: int
+) -> None:
+    rows = products_of("h200")
+
+    def both(pattern: str, stage: str, m: int, mode: str) -> str:
+        keys = [Key(name, pattern, dtype, m, stage, mode) for dtype in ("int8", "fp8_e4m3")]
+        over = "ratio" if stage == "gemm" else "ratio_best_8bit"
+        return " / ".join(f"{rows[key].row[over]['hopper']:.2f}" for key in keys)
+
+    page = (ROOT / "docs" / "hopper-kernel.md").read_text(encoding="utf-8")
+    for pattern in ("2:4", "4:6", "6:8", "8:10"):
+        cells = [both(pattern, stage, many, "sustained") for stage in ("gemm", "op")]
+        cells.append(both(pattern, "op", 2048, "sustained"))
+        cells += [both(pattern, "op", m, "burst") for m in (16, 128, 256)]
+        assert f"| {model} | {pattern} | {' | '.join(cells)} |" in page
+
+
+def test_the_page_of_tuning_says_how_far_auto_was_from_the_fastest() -> None:
+    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if "results/" in line and line.startswith("|")]
+    assert len(lines) == 5
+    for line in lines:
+        _, first, _, *worst, _ = line.split("|")
+        (name,) = re.findall(r"results/([\w-]+\.json)", first)
+        rows = [row["us"] for row in read_result(ROOT / "benchmarks" / "results" / name).rows]
+        dense = min(us["dense"] / us["auto"] for us in rows)
+        single = min(min(us[side] for side in us if side != "auto") / us["auto"] for us in rows)
+        for cell, found in zip(worst, (dense, single), strict=True):
+            assert cell.split()[0].rstrip(":") == f"{found:.3f}", (line, found)
 
 
 def end_to_end_groups() -> dict[str, Group]:
@@ -326,17 +373,22 @@ def test_the_demo_page_quotes_its_result_files(name: str, between: str) -> None:
 
 
 def test_the_readme_quotes_the_host_time_of_a_bound_run() -> None:
-    # The later of two runs, which the performance page shows.
-    path = ROOT / "benchmarks" / "results" / "overhead-h100-2.json"
-    times = {
-        (row["call"], row["backend"], row["dtype"]): row["median_us"]
-        for row in json.loads(path.read_text())["rows"]
-    }
+    def times(name: str) -> list[str]:
+        rows = {
+            (row["call"], row["backend"], row["dtype"]): row["median_us"]
+            for row in json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+        }
+        calls = ("SparseGemmPlan.bind graph=True, each call", "SparseGemmPlan.run out=y")
+        ours = [rows[call, "auto", "int8"] for call in calls]
+        return [f"{us:.0f}" for us in (ours[0], rows["torch.mm", "torch", "bf16"], ours[1])]
+
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    bound = times["SparseGemmPlan.bind graph=True, each call", "auto", "int8"]
-    torch_mm = times["torch.mm", "torch", "bf16"]
-    assert f"at once: {bound:.0f} us of the host's time" in text
-    assert f"where `torch.mm` takes {torch_mm:.0f}." in text
+    # The later of two runs, which the performance page shows.
+    bound, torch_mm, _ = times("overhead-h100-2.json")
+    assert f"at once: {bound} us of the host's time" in text
+    assert f"where `torch.mm` takes {torch_mm};" in text
+    bound, torch_mm, run = times("overhead-h200.json")
+    assert f"{bound} on an H200's, where it takes {torch_mm} and `run(x, out=y)` {run}." in text
 
 
 def test_the_pattern_table_is_computed() -> None:

@@ -2,8 +2,8 @@
 
 Pages hold text that people wrote, and sections between ``<!-- measured: NAME -->`` and
 ``<!-- measured: end -->`` that are made from benchmarks/results/ and nothing else.  The sections
-"h100", "end-to-end" and "accuracy" have every file of that GPU by its name: gemm-*h100.json,
-gemm-*h100-2.json and so on.
+"h100" and "h200" have every file of that GPU by its name: gemm-*h100.json, gemm-*h100-2.json and so
+on; "end-to-end" and "accuracy" those of the H100.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from .charts import (
 )
 from .markdown import source, table
 from .published import against_published
-from .results import SCRIPTS, Result, machines, products, read_result
+from .results import SCRIPTS, Result, machines, read_result
 
 __all__ = ["Checkout", "outdated", "own_checkout", "write_pages", "write_report"]
 
-#: Patterns of the tables of the H200.
-_FEW = ("2:4", "4:6", "6:8", "8:10")
+#: The GPUs that pages show, as file names have them; figures of others are for the first.
+_GPUS = ("h100", "h200")
 _KINDS = ("gemm", "pipeline", "quantize", "overhead", "packing")
 
 
@@ -193,14 +193,7 @@ class Checkout:
         self.docs = root / "docs"
         self.plots = self.docs / "plots"
         self.pages: Mapping[Path, Mapping[str, Callable[[], str]]] = {
-            self.docs / "performance.md": {
-                "h100": self._h100,
-                "gemm": self._h200_burst,
-                "sustained": self._h200_sustained,
-                "quantize": partial(self._h200, "quantize-h200.json"),
-                "overhead": partial(self._h200, "overhead-h200.json"),
-                "checks": partial(self._checks, "gpu-checks-h200.json"),
-            },
+            self.docs / "performance.md": {gpu: partial(self._of_gpu, gpu) for gpu in _GPUS},
             self.docs / "packing-speed.md": {"packing": self._packing},
             self.docs / "end-to-end.md": {"end-to-end": partial(self._scripts, "end-to-end")},
             self.docs / "accuracy.md": {"accuracy": partial(self._scripts, "accuracy")},
@@ -218,18 +211,18 @@ class Checkout:
 
     def charts(self) -> list[Chart]:
         """The plots that the pages show."""
-        every = [self._of_h100(), *(self._scripted(what) for what in SCRIPTS)]
+        every = [*map(self._files, _GPUS), *(self._scripted(what) for what in SCRIPTS)]
         return [chart for results in every if results for chart in charts_of(results)]
 
     def read(self, name: str) -> Result:
         """A result file by its name."""
         return read_result(self.results / name)
 
-    def _of_h100(self, kinds: Sequence[str] = _KINDS) -> list[Result]:
-        """The files of the H100, those of one measurement in the order of their numbers."""
+    def _files(self, gpu: str, kinds: Sequence[str] = _KINDS) -> list[Result]:
+        """The files of a GPU, those of one measurement in the order of their numbers."""
         found = {}
         for path in self.results.glob("*.json"):
-            match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)-h100(?:-(\d+))?\.json", path.name)
+            match = re.fullmatch(rf"([a-z]+(?:-[a-z]+)*)-{gpu}(?:-(\d+))?\.json", path.name)
             for kind in kinds:
                 if match and (match[1] == kind or match[1].startswith(f"{kind}-")):
                     order = (kinds.index(kind), match[1], int(match[2] or 1))
@@ -238,7 +231,7 @@ class Checkout:
 
     def _scripted(self, what: str) -> list[Result]:
         """The files of a script; FormatError where there is none."""
-        found = self._of_h100([what])
+        found = self._files(_GPUS[0], [what])
         if not found:
             raise FormatError(
                 f"{self.results} has no {what}-h100.json, which {self.docs / what}.md shows; get "
@@ -250,46 +243,20 @@ class Checkout:
         results = self._scripted(what)
         return _sections(results, charts_of(results), "svg", "../benchmarks/results")
 
-    def _h100(self) -> str:
-        results = self._of_h100()
+    def _of_gpu(self, gpu: str) -> str:
+        results = self._files(gpu)
         parts = []
         if results:
             published = json.loads(self.published.read_text(encoding="utf-8"))
-            compared = against_published(published, results)
+            compared = against_published(published, results) if gpu == _GPUS[0] else ""
             if compared:
                 title = "### Against cuSPARSELt and the published kernels"
                 parts.append(f"{title}\n\n{compared.rstrip()}")
             parts.append(_sections(results, charts_of(results), "svg", "../benchmarks/results"))
-        name = "gpu-checks-h100.json"
+        name = f"gpu-checks-{gpu}.json"
         if (self.results / name).is_file():
-            parts.append(f"### Packing and sums on the H100\n\n{self._checks(name)}")
-        return "\n\n".join(["## NVIDIA H100", *parts]) if parts else ""
-
-    def _h200_burst(self) -> str:
-        result = self.read("gemm-h200.json")
-        rows = products([result], "gemm")["cusparselt"]
-        return (
-            f"Operator (bf16 in, bf16 out; quantization on both sides):\n\n"
-            f"{markdown.ratios(rows, 'cusparselt', 'op', 'burst')}\n\n"
-            f"Product alone, on prepared operands:\n\n"
-            f"{markdown.ratios(rows, 'cusparselt', 'gemm', 'burst')}\n\n{source(result)}"
-        )
-
-    def _h200_sustained(self) -> str:
-        result = self.read("gemm-sustained-h200.json")
-        rows = products([result], "gemm")["cusparselt"]
-        left = ", ".join(entry["case"] for entry in result.document["left_out"])
-        return (
-            f"Operator:\n\n{markdown.ratios(rows, 'cusparselt', 'op', 'sustained')}\n\n"
-            f"Product alone:\n\n{markdown.ratios(rows, 'cusparselt', 'gemm', 'sustained')}\n\n"
-            f"Not measured (time): {left}.\n\n{source(result)}"
-        )
-
-    def _h200(self, name: str) -> str:
-        result = self.read(name)
-        if result.what == "quantize":
-            return f"{markdown.quantize([result], _FEW)}\n\n{source(result)}"
-        return f"{markdown.overhead([result])}\n\n{source(result)}"
+            parts.append(f"### Packing and sums on the {gpu.upper()}\n\n{self._checks(name)}")
+        return "\n\n".join([f"## NVIDIA {gpu.upper()}", *parts]) if parts else ""
 
     def _packing(self) -> str:
         return markdown.packing(self.read("packing-cpu.json"))
