@@ -173,7 +173,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(gpu_run, "gpu_device", lambda index: made.gpu)
     monkeypatch.setattr(GpuWeight, "slide", lambda *arguments: Memory(1))
     monkeypatch.setattr(GpuWeight, "drop_values", lambda self: None)
-    monkeypatch.setattr(hopper, "medians", lambda *arguments, **options: {0: 1.0})
+    monkeypatch.setattr(hopper, "launch_times", lambda *arguments, **options: {0: 1.0})
     for module in (gpu_run, gpu_bound, gpu_gemm):
         monkeypatch.setattr(module, "working_on", made.relaxing)
     for module in (gpu_run, gpu_bound):

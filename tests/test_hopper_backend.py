@@ -54,7 +54,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def drop(self: GpuWeight) -> None:
         made.dropped += 1
 
-    def medians(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
+    def launch_times(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
         start = len(made.kernels.cuda.launches)
         for run in runs:
             run()
@@ -73,7 +73,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(GpuWeight, "slide", slide)
     monkeypatch.setattr(GpuWeight, "drop_values", drop)
-    monkeypatch.setattr(hopper, "medians", medians)
+    monkeypatch.setattr(hopper, "launch_times", launch_times)
     monkeypatch.setattr(Memory, "held", set())
     return made
 
@@ -274,11 +274,11 @@ def test_between_buckets_rounds_of_tiles_decide(
     made = prepared(machine, n=n)
     high, lower = HopperConfig(208, 2), HopperConfig(192, 2)
 
-    def medians(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
+    def launch_times(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
         found = configurations(n, made._slid_bytes, 4096, 132)
         return {found.index(high): 1.0, found.index(lower): 1.01}
 
-    monkeypatch.setattr(hopper, "medians", medians)
+    monkeypatch.setattr(hopper, "launch_times", launch_times)
     bfloat16 = array_type("bfloat16")
     rounds = {
         config: [-(-cut_of(config, made, tokens).tiles // 132) for tokens in (4096, 3400)]
@@ -308,7 +308,7 @@ def test_memory_for_timing_is_given_back_where_timing_fails(
     def refuse(*arguments: Any, **options: Any) -> dict[int, float]:
         raise LibraryError("no")
 
-    monkeypatch.setattr(hopper, "medians", refuse)
+    monkeypatch.setattr(hopper, "launch_times", refuse)
     with pytest.raises(LibraryError, match="no"):
         made.make_product(16, array_type("bfloat16"), STREAM)
     assert Memory.held == held
@@ -323,7 +323,7 @@ def test_where_there_is_no_memory_for_timing_the_run_goes_on(
     def exhausted(*arguments: Any, **options: Any) -> dict[int, float]:
         raise DeviceMemoryError("no bytes left")
 
-    monkeypatch.setattr(hopper, "medians", exhausted)
+    monkeypatch.setattr(hopper, "launch_times", exhausted)
     product = made.make_product(1024, array_type("bfloat16"), STREAM)
     first = configurations(N, made._slid_bytes, 1024, machine.gpu.sm_count)[0]
     assert product._gemm.tiling == cut_of(first, made, 1024)

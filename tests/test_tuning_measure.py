@@ -122,7 +122,9 @@ def test_the_gpu_is_warm_before_anything_is_timed(gpu_machine: Machine, forms: G
     assert sum(spent[first:]) < 3 * 3_000 + 20 * 132 + 1_000
 
 
-def test_the_median_counts_and_the_order_changes(gpu_machine: Machine, forms: GpuForms) -> None:
+def test_disturbed_runs_do_not_count_and_the_order_changes(
+    gpu_machine: Machine, forms: GpuForms
+) -> None:
     calls: list[str] = []
 
     def noisy(name: str, tokens: int) -> float:

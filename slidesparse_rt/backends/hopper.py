@@ -29,7 +29,7 @@ from .gpu_device import Buffer, GpuDevice
 from .gpu_gemm import GpuBackend, GpuPrepared, round_up
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
-from .timing import medians
+from .timing import launch_times
 
 __all__ = ["HopperBackend"]
 
@@ -239,7 +239,7 @@ class HopperPrepared(GpuPrepared):
             def flush() -> None:
                 device.clear(flushed.pointer, flushed.nbytes, stream)
 
-            times = medians(runs, stream, before=flush if cold else None)
+            times = launch_times(runs, stream, before=flush if cold else None)
             return tuple((promising[index], found) for index, found in times.items())
 
 

@@ -12,16 +12,17 @@ from typing import Any, TypeVar
 from ..device_arrays import cupy_stream
 from ..errors import LibraryError
 
-__all__ = ["balanced", "captured", "fastest", "medians"]
+__all__ = ["balanced", "captured", "fastest", "launch_times"]
 
 _Key = TypeVar("_Key")
 
 #: Milliseconds of running ahead of what is timed, and most rounds of it: short launches need little
 #: power.
 _AHEAD_MS, _MOST_AHEAD = 20.0, 5
-#: Milliseconds that the rounds take together, within these bounds.
+#: Milliseconds that the rounds take together, without what comes before each launch, within these
+#: bounds.
 _ROUNDS_MS, _FEWEST_ROUNDS, _MOST_ROUNDS = 25.0, 5, 15
-#: Less than events tell apart.
+#: Less than events tell apart, in any unit.
 _LEAST_TIME = 1e-6
 
 
@@ -42,12 +43,12 @@ def captured(stream: Any, work: Callable[[], None]) -> Any:
 
 
 def fastest(runs: Sequence[Callable[[], None]], stream: int) -> int:
-    """Index of the launch with the lowest of :func:`medians`."""
-    times = medians(runs, stream)
+    """Index of the launch with the lowest of :func:`launch_times`."""
+    times = launch_times(runs, stream)
     return min(times, key=lambda index: times[index])
 
 
-def medians(
+def launch_times(
     runs: Sequence[Callable[[], None]],
     stream: int,
     *,
@@ -56,7 +57,7 @@ def medians(
     """Milliseconds of launches, by index: :func:`balanced` over shuffled rounds of all of them.
 
     A launch that the library refuses is left out.  ``before`` is called ahead of each and not
-    timed.  Raises LibraryError if all are refused.
+    timed.  Raises LibraryError if all are refused, or if one that ran does not run again.
     """
     import cupy
 

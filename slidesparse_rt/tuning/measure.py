@@ -3,9 +3,9 @@
 What is timed is what a run costs the GPU: quantize and lift, multiply, and the second pass where
 there is one, from bfloat16 to bfloat16.  It is captured as a CUDA graph, so that the host's speed
 plays no part, and replayed in shuffled rounds (:func:`~slidesparse_rt.backends.timing.balanced`).
-Where tokens are few the level-2
-cache is emptied before every replay: in a model the other layers' weights have gone through it.
-Not so for the smallest weights, which are parts of models that stay in it as a whole.
+Where tokens are few the level-2 cache is emptied before every replay: in a model the other layers'
+weights have gone through it.  Not so for the smallest weights, which are parts of models that stay
+in it as a whole.
 """
 
 from __future__ import annotations
