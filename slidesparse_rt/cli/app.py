@@ -251,10 +251,10 @@ def inspect(
 
 @app.command(
     help="Measure which backend is fastest for how many tokens, and keep the times.\n\n"
-    "WHAT is a model (qwen2.5-7b, qwen2.5-14b, llama-3.2-1b, llama-3.2-3b), all of whose linear "
-    "layers are measured, or N K: outputs and inputs of one layer. Plans with backend='auto' on "
-    "such a GPU take the fastest from then on (docs/tuning.md). What is kept already is not "
-    "measured again, and what a time budget cut short goes on."
+    "WHAT is a model (qwen2.5-7b, qwen2.5-14b, llama-3.2-1b, llama-3.2-3b, bitnet-2b), all of "
+    "whose linear layers are measured, or N K: outputs and inputs of one layer. Plans with "
+    "backend='auto' on such a GPU take the fastest from then on (docs/tuning.md). What is kept "
+    "already is not measured again, and what a time budget cut short goes on."
 )
 def tune(
     what: Annotated[list[str], typer.Argument(metavar="WHAT", help="A model, or N K.")],
