@@ -102,6 +102,14 @@ def test_json(machine: Machine, run: Any) -> None:
     assert (report["left_out"], report["unfinished"]) == ([], [])
 
 
+def test_squares_are_allowed_as_the_error_says() -> None:
+    (one,) = command.wanted_layers(["square-64"], None)
+    assert (one.n, one.k) == (64, 64)
+    every = command.wanted_layers(["Squares"], None)
+    assert every[0] == one
+    assert len(every) == len({layer.n for layer in every}) > 1
+
+
 def test_the_help_names_every_model(run: Any) -> None:
     code, out, _ = run("tune", "--help")
     assert code == 0
@@ -207,11 +215,10 @@ def test_without_a_gpu_it_says_so(run: Any, what: tuple[str, ...]) -> None:
     ("arguments", "code", "says"),
     [
         ([], 2, "Missing argument"),
-        (["gpt-5"], 1, "'gpt-5' is neither a model (qwen2.5-7b, qwen2.5-14b, "),
-        (["8"], 1, "'8' is neither a model"),
-        (["squares"], 1, "'squares' is neither a model"),
-        (["1", "2", "3"], 1, "nor N K; type for example"),
-        (["qwen2.5-7b", "llama-3.2-1b"], 1, "'qwen2.5-7b llama-3.2-1b' is neither a model"),
+        (["gpt-5"], 1, "model 'gpt-5' is unknown; allowed are 'qwen2.5-7b'"),
+        (["8"], 1, "such as 'square-64'; or N K, as in `slidesparse tune 4608 3584`"),
+        (["1", "2", "3"], 1, "'1 2 3' is neither a model nor N K; type for example"),
+        (["qwen2.5-7b", "llama-3.2-1b"], 1, "is neither a model nor N K"),
         (["0", "16"], 1, "N K is 0 16; allowed are whole numbers from 1 on"),
         (["8", "16", "--layers", "o"], 1, "--layers picks layers of a model"),
         (["qwen2.5-7b", "--layers", "o,x"], 1, "layer 'x' is unknown; allowed are qkv, o, gate_up"),

@@ -112,7 +112,7 @@ def wanted_layers(names: Sequence[str], layers: Sequence[str] | None) -> list[La
 
     Raises OptionError for anything else.
     """
-    from ..bench.shapes import MODELS, Layer
+    from ..bench.shapes import Layer, expanded, model
 
     if len(names) == 2 and all(name.isascii() and name.isdigit() for name in names):
         n, k = map(int, names)
@@ -121,15 +121,17 @@ def wanted_layers(names: Sequence[str], layers: Sequence[str] | None) -> list[La
         if layers is not None:
             raise OptionError("--layers picks layers of a model, and N K is one; leave it out")
         return [Layer("weight", n, k)]
-    known_model = MODELS.get(names[0].strip().lower()) if len(names) == 1 else None
-    if known_model is None:
+    if len(names) != 1:
         raise OptionError(
-            f"{' '.join(names)!r} is neither a model ({', '.join(MODELS)}) nor N K; type for "
-            f"example `slidesparse tune qwen2.5-7b` or `slidesparse tune 4608 3584`"
+            f"{' '.join(names)!r} is neither a model nor N K; type for example "
+            f"`slidesparse tune qwen2.5-7b` or `slidesparse tune 4608 3584`"
         )
-    found = known_model.layers
+    try:
+        found = [layer for name in expanded(names) for layer in model(name).layers]
+    except OptionError as error:
+        raise OptionError(f"{error}; or N K, as in `slidesparse tune 4608 3584`") from None
     if layers is None:
-        return list(found)
+        return found
     known = [layer.name for layer in found]
     for name in layers:
         if name not in known:
