@@ -234,8 +234,8 @@ class Checkout:
         found = self._files(_GPUS[0], [what])
         if not found:
             raise FormatError(
-                f"{self.results} has no {what}-h100.json, which {self.docs / what}.md shows; get "
-                f"it back, or measure it with benchmarks/{what.replace('-', '_')}.py"
+                f"{self.results} has no {what}-{_GPUS[0]}.json, which {self.docs / what}.md shows; "
+                f"get it back, or measure it with benchmarks/{what.replace('-', '_')}.py"
             )
         return found
 
@@ -246,12 +246,13 @@ class Checkout:
     def _of_gpu(self, gpu: str) -> str:
         results = self._files(gpu)
         parts = []
-        if results:
+        if results and gpu == _GPUS[0]:
             published = json.loads(self.published.read_text(encoding="utf-8"))
-            compared = against_published(published, results) if gpu == _GPUS[0] else ""
+            compared = against_published(published, results)
             if compared:
                 title = "### Against cuSPARSELt and the published kernels"
                 parts.append(f"{title}\n\n{compared.rstrip()}")
+        if results:
             parts.append(_sections(results, charts_of(results), "svg", "../benchmarks/results"))
         name = f"gpu-checks-{gpu}.json"
         if (self.results / name).is_file():
