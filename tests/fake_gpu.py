@@ -58,3 +58,25 @@ class Gpu:
 
     def synchronize(self, stream: int) -> None:
         self.done.append(("synchronize", stream))
+
+    def emptied(self, stream: int) -> None:
+        """The level-2 cache is."""
+        self.done.append(("emptied", stream))
+
+
+class ColdCache:
+    """Memory to empty the level-2 cache with."""
+
+    def __init__(self, device: Gpu) -> None:
+        self._device = device
+        self._memory = device.allocate(2 * device.l2_bytes)
+
+    def empty(self, stream: int) -> None:
+        assert self._memory.pointer
+        self._device.emptied(stream)
+
+    def __enter__(self) -> ColdCache:
+        return self
+
+    def __exit__(self, *arguments: Any) -> None:
+        self._memory.close()

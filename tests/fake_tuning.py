@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bench_fakes import Cuda, fake_cupy
-from fake_gpu import Gpu, Memory
+from fake_gpu import ColdCache, Gpu, Memory
 
 import slidesparse_rt as ss
 from slidesparse_rt import device_adapters, gpu_run, plan
@@ -59,11 +59,10 @@ class FakeGpu(Gpu):
     def filled(self, nbytes: int, *arguments: Any) -> Memory:
         return self.allocate(nbytes)
 
-    def clear(self, pointer: int, nbytes: int, stream: int) -> None:
-        super().clear(pointer, nbytes, stream)
-        if nbytes == 2 * self.l2_bytes:
-            self.flushed.append(len(self.cuda.events))
-            self.cuda.enqueue(lambda: None, 60.0)
+    def emptied(self, stream: int) -> None:
+        super().emptied(stream)
+        self.flushed.append(len(self.cuda.events))
+        self.cuda.enqueue(lambda: None, 40.0)
 
 
 class Clock(Cuda):
@@ -198,6 +197,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ma
     cuda = Clock()
     made = Machine(cuda, FakeGpu(cuda), TableCache(tmp_path / "tuning"))
     monkeypatch.setattr(Memory, "held", set())
+    monkeypatch.setattr(measure, "ColdCache", ColdCache)
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(cuda))
 
     @contextlib.contextmanager

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from fake_cuda import FakeKernels
-from fake_gpu import Gpu, Memory
+from fake_gpu import ColdCache, Gpu, Memory
 from hopper_cases import DTYPES, OUT_TYPES, spec_of
 
 import slidesparse_rt as ss
-from slidesparse_rt.backends import Problem, hopper
+from slidesparse_rt.backends import Problem, cold, hopper
 from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.backends.hopper import HopperBackend, HopperPrepared
 from slidesparse_rt.dtypes import array_type, operand
@@ -57,15 +57,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def launch_times(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
         start = len(made.kernels.cuda.launches)
         for run in runs:
-            run()
-        cleared = len(made.gpu.done)
+            run(stream)
+        done = len(made.gpu.done)
         if before is not None:
-            before()
+            before(stream)
         made.timed.append(
             {
                 "stream": stream,
                 "launches": made.kernels.cuda.launches[start:],
-                "flushed": [done[2] for done in made.gpu.done[cleared:] if done[0] == "clear"],
+                "emptied": made.gpu.done[done:],
                 "held": len(Memory.held),
             }
         )
@@ -74,6 +74,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(GpuWeight, "slide", slide)
     monkeypatch.setattr(GpuWeight, "drop_values", drop)
     monkeypatch.setattr(hopper, "launch_times", launch_times)
+    monkeypatch.setattr(hopper, "ColdCache", ColdCache)
+    monkeypatch.setattr(cold, "COLD_BYTES", 0)  # as if weights were large ones
     monkeypatch.setattr(Memory, "held", set())
     return made
 
@@ -225,13 +227,13 @@ def test_formats_without_scales_get_none(machine: Machine, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket", "cold"),
+    ("tokens", "bucket", "empties"),
     [
         *((1, 16, True), (16, 16, True), (17, 32, True), (512, 512, True)),
         *((513, 768, False), (16_384, 16_384, False), (70_000, 32_768, False)),
     ],
 )
-def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -> None:
+def test_what_is_timed(machine: Machine, tokens: int, bucket: int, empties: bool) -> None:
     """Every promising configuration, for the bucket; where tokens are few, with a cold cache."""
     made = prepared(machine)
     held = len(Memory.held)
@@ -243,7 +245,7 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
     used = {spec for spec, _ in machine.kernels.loaded[loaded:]}
     assert used <= ahead == {spec_of(config, "int8", "bfloat16") for config in promising}
     assert timed["stream"] == STREAM
-    assert timed["flushed"] == ([2 * machine.gpu.l2_bytes] if cold else [])
+    assert timed["emptied"] == ([("emptied", STREAM)] if empties else [])
     assert len(timed["launches"]) == len(promising)
     places = set()
     for launch, config in zip(timed["launches"], promising, strict=True):
@@ -258,7 +260,7 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, cold: bool) -
         places.add((launch["values"][0], *launch["values"][4:8:3]))
     # One result and one row of counters for all, and nothing kept afterwards.
     assert len(places) == 1
-    assert timed["held"] == held + 6
+    assert timed["held"] == held + 5 + empties
     assert len(Memory.held) == held
     ones, zeros = (done[2] for done in machine.gpu.done if done[0] == "upload")
     assert ones.tolist() == [1.0] * bucket
@@ -288,8 +290,21 @@ def test_between_buckets_rounds_of_tiles_decide(
     assert made.make_product(4096, bfloat16, STREAM).how == high.name
     assert made.make_product(3400, bfloat16, STREAM).how == lower.name
     # In a bucket that waits for the weights nothing is scaled.
-    monkeypatch.setattr(hopper, "_COLD_TOKENS", 4096)
+    monkeypatch.setattr(hopper, "BUCKET_TOKENS", 4096)
     assert made.make_product(3400, bfloat16, STREAM).how == high.name
+
+
+def test_weights_of_models_that_stay_in_the_cache_are_timed_there(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = prepared(machine)
+    for least, empties in ((N * K, True), (N * K + 1, False)):  # int8
+        monkeypatch.setattr(cold, "COLD_BYTES", least)
+        machine.gpu.choices.clear()
+        made.make_product(1, array_type("bfloat16"), STREAM)
+        assert bool(machine.timed[-1]["emptied"]) == empties
+    # What a bucket's time alone decides is what may be cold.
+    assert hopper.BUCKET_TOKENS >= cold.COLD_TOKENS
 
 
 def test_one_promising_configuration_is_not_timed(machine: Machine) -> None:

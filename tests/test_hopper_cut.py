@@ -331,7 +331,8 @@ def test_equal_ranges_are_for_a_few_rounds_of_tiles():
     def even(n, tokens):
         return {config.tokens for config in configurations(n, 5376, tokens, 132) if config.even}
 
-    assert even(37_888, 256) == {128, 160, 192}  # 296 tiles of 128 tokens
+    assert even(37_888, 256) == {128}  # 296 tiles
+    assert even(37_888, 192) == {128, 192}
     assert even(3584, 256) == set()  # fewer tiles than multiprocessors
     assert even(37_888, 2048) == {192}
     assert even(37_888, 16_384) == set()
@@ -350,23 +351,52 @@ def test_equal_ranges_are_a_way_to_split_what_warpgroups_do_not_share(others):
 def test_clusters_are_for_fewer_tiles_than_multiprocessors():
     def sizes(n, tokens, sm_count=132, steps=21):
         found = configurations(n, 256 * steps, tokens, sm_count)
-        made: dict[int, list[int]] = {}
+        made: dict[tuple[int, int] | int, list[int]] = {}
         for config in found:
             if config.cluster:
-                made.setdefault(config.tokens, []).append(config.cluster)
+                tile = config.tokens if config.blocks == 2 else (config.rows, config.tokens)
+                made.setdefault(tile, []).append(config.cluster)
         return made
 
-    assert sizes(3584, 256) == {128: [3, 4], 160: [3, 4], 192: [3, 4]}  # 28 tiles each
-    assert sizes(3584, 128) == {64: [3, 4], 128: [7, 8]}
+    assert sizes(3584, 256) == {128: [3, 4], (128, 128): [2]}  # 28 tiles, 56 of 128 channels
+    assert sizes(3584, 384) == {128: [2], 192: [3, 4], (128, 192): [2]}
+    assert sizes(3584, 128) == {64: [3, 4], 128: [7, 8], (128, 128): [3, 4]}
     # 18 tiles: 7 and 6 of 16 neighbours are two clusters, for 8 times 16 of them: too few.
-    assert sizes(4608, 128) == {64: [2, 3], 128: [4, 5]}
+    assert sizes(4608, 128) == {64: [2, 3], 128: [4, 5], (128, 128): [2, 3]}
     assert sizes(256 * 64, 128) == {128: [2]}
     assert sizes(256 * 65, 128) == {}
-    assert sizes(3584, 128, steps=5) == {64: [2], 128: [2]}  # two steps each
+    assert sizes(3584, 128, steps=5) == {64: [2], 128: [2], (128, 128): [2]}  # two steps each
     assert sizes(37_888, 256) == {}
     assert sizes(3584, 256, sm_count=16) == {}  # a part of a GPU
     sums = {config.tokens: config.gathers for config in CONFIGS if not config.k_groups}
     assert sums == {tokens: tokens < 208 for tokens in (32, 64, 128, 160, 192, 208)}
+
+
+def test_tiles_of_128_channels_are_for_few_tiles():
+    """Where those of 256 are fewer than two for each multiprocessor."""
+
+    def widths(n, tokens, sm_count=132):
+        found = configurations(n, 5376, tokens, sm_count)
+        return {c.tokens for c in found if c.blocks == 1 and not c.k_groups}
+
+    assert widths(3584, 64) == set()
+    assert widths(3584, 128) == widths(3584, 256) == {128}
+    assert widths(3584, 384) == widths(3584, 512) == {128, 192}
+    assert widths(256 * 263, 128) == {128}
+    assert widths(256 * 264, 128) == set()
+    assert widths(2048, 4096) == {128, 192}  # 256 and 172 tiles
+    assert widths(2048, 16_384) == set()
+    for config in configurations(37_888, 5376, 128, 132):
+        assert not (config.blocks == 1 and config.even)
+
+
+@given(st.sampled_from(TOKEN_BUCKETS), st.integers(1, 1 << 17), st.sampled_from([132, 114, 16]))
+def test_hardly_filled_tiles_are_not_tried_where_the_bucket_decides(tokens, n, sm_count):
+    for config in configurations(n, 5376, tokens, sm_count):
+        padded = -(-tokens // config.tokens) * config.tokens
+        if config.tokens > 128 and tokens <= 512:
+            assert padded < 1.2 * tokens
+    assert {128} & {config.tokens for config in configurations(n, 5376, max(tokens, 65), sm_count)}
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_the_catalogue_names_everything():
     assert len(specs) == len(set(specs))
     entries = {spec.entry for spec in specs}
     assert entries == {
-        *("quantize_lift", "dequantize", "hopper_gemm", "hopper_pack"),
+        *("quantize_lift", "dequantize", "hopper_gemm", "hopper_pack", "evict"),
         *weight_launch.WEIGHT_ARGUMENTS,
     }
     assert {spec.entry for spec in specs if spec.exact} == {"hopper_gemm"}

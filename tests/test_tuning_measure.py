@@ -11,6 +11,7 @@ from fake_tuning import A_TOKEN, K, Machine, N
 
 import slidesparse_rt as ss
 from slidesparse_rt.arrays import Device
+from slidesparse_rt.backends import cold
 from slidesparse_rt.backends.base import RawWeight
 from slidesparse_rt.backends.gpu_forms import GpuForms, pack_forms
 from slidesparse_rt.dtypes import operand
@@ -31,7 +32,7 @@ def packed(made: Machine, **options: Any) -> GpuForms:
 @pytest.fixture
 def forms(gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[GpuForms]:
     # As if the weight were a large one.
-    monkeypatch.setattr(measure, "COLD_BYTES", 0)
+    monkeypatch.setattr(cold, "COLD_BYTES", 0)
     made = packed(gpu_machine)
     yield made
     made.close()
@@ -79,30 +80,34 @@ def test_the_cache_is_emptied_before_each_run_where_tokens_are_few(
 def test_weights_of_models_that_stay_in_the_cache_are_timed_there(
     gpu_machine: Machine, forms: GpuForms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "COLD_BYTES", N * K + 1)  # int8
+    monkeypatch.setattr(cold, "COLD_BYTES", N * K + 1)  # int8
     assert times(forms, most_tokens=16).cold_tokens == 512
     assert gpu_machine.gpu.flushed == []
-    monkeypatch.setattr(measure, "COLD_BYTES", N * K)
+    monkeypatch.setattr(cold, "COLD_BYTES", N * K)
     times(forms, most_tokens=16)
     assert gpu_machine.gpu.flushed != []
 
 
-def test_short_warm_runs_are_timed_together(gpu_machine: Machine, forms: GpuForms) -> None:
-    marks: list[float] = []
-    real = measure._Bench._event
+def test_short_warm_runs_are_timed_together(
+    gpu_machine: Machine, forms: GpuForms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[dict[str, float]] = []
+    real = measure.shuffled_rounds
 
-    def event(self: Any) -> Any:
-        marks.append(gpu_machine.cuda.now)
-        return real(self)
+    def shuffled_rounds(*arguments: Any, **options: Any) -> Any:
+        timed.extend(real(*arguments, **options))
+        return timed
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure._Bench, "_event", event)
-        times(forms, most_tokens=1, cold_tokens=0, rounds=3)
-    # After the two marks of warming up of each: pairs around at least 100 us.
-    pairs = marks[6:]
-    assert len(pairs) == 3 * 3 * 2
-    for begin, end in zip(pairs[::2], pairs[1::2], strict=True):
-        assert 100 <= end - begin < 200
+    monkeypatch.setattr(measure, "shuffled_rounds", shuffled_rounds)
+    table = times(forms, most_tokens=1, cold_tokens=0, rounds=3)
+    assert len(timed) == 3
+    for times_of_round in timed:
+        for name, milliseconds in times_of_round.items():
+            # At least 100 us, in whole runs.
+            assert 0.1 <= milliseconds < 0.2
+            runs = 1e3 * milliseconds / gpu_machine.price(name, 1)
+            assert runs == pytest.approx(round(runs))
+    assert table.times[1] == pytest.approx({name: gpu_machine.price(name, 1) for name in timed[0]})
 
 
 def test_rounds_follow_the_time_that_they_take(gpu_machine: Machine, forms: GpuForms) -> None:

@@ -13,6 +13,7 @@ for each number of tokens of the bucket.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -20,11 +21,12 @@ from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
 from ..kernels.hopper import HopperGemm, gemm_kernel, pack_weights
 from ..kernels.hopper_layout import PANEL_ROWS, ROW_MULTIPLE, STEP_BYTES, packed_bytes
-from ..kernels.hopper_tiles import HopperConfig, clocks, configurations
+from ..kernels.hopper_tiles import BUCKET_TOKENS, HopperConfig, clocks, configurations
 from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
 from .buckets import token_bucket
+from .cold import ColdCache, is_cold
 from .gpu_device import Buffer, GpuDevice
 from .gpu_gemm import GpuBackend, GpuPrepared, round_up
 from .gpu_step import Product
@@ -35,9 +37,6 @@ __all__ = ["HopperBackend"]
 
 #: The one compute capability that has these instructions.
 _CAPABILITY = (9, 0)
-#: Buckets up to here find their weights out of the cache, as the next layer of a model would.
-#: How much reading those takes is not known, so times are not scaled within such a bucket.
-_COLD_TOKENS = 512
 #: Configurations and their milliseconds.
 _Times = tuple[tuple[HopperConfig, float], ...]
 
@@ -188,7 +187,8 @@ class HopperPrepared(GpuPrepared):
                     # Timing takes operands for the whole bucket; the run itself may still fit.
                     return self._promising(bucket)[0], False
         times: _Times = found
-        likened = bucket if bucket <= _COLD_TOKENS else tokens
+        # How much reading the weight takes is not known, so times are not scaled where that counts.
+        likened = bucket if bucket <= BUCKET_TOKENS else tokens
 
         def expected(timed: tuple[HopperConfig, float]) -> float:
             config, milliseconds = timed
@@ -213,18 +213,18 @@ class HopperPrepared(GpuPrepared):
         products = [_Product(self, self._gemm(bucket, kind, config)) for config in promising]
         rows = max(product.rows_read for product in products)
         counted = max(1, *(product.counters for product in products))
-        cold = 2 * device.l2_bytes if bucket <= _COLD_TOKENS else 0
         size = operand.bits // 8
+        cold = is_cold(bucket, n * self.weight.k * size)
         with (
             device.filled(rows * self.row_length * size, operand, stream) as x,
             device.upload(np.ones(bucket, np.float32), stream) as scales,
             device.allocate(bucket * n * kind.bits // 8) as target,
             device.allocate(max(product.scratch_bytes for product in products)) as partials,
             device.upload(np.zeros(counted, np.int32), stream) as counters,
-            device.allocate(cold) as flushed,
+            ColdCache(device) if cold else nullcontext() as cache,
         ):
             runs = [
-                lambda product=product: product.launch(
+                lambda stream, product=product: product.launch(
                     x.pointer,
                     scales.pointer,
                     target.pointer,
@@ -235,11 +235,7 @@ class HopperPrepared(GpuPrepared):
                 )
                 for product in products
             ]
-
-            def flush() -> None:
-                device.clear(flushed.pointer, flushed.nbytes, stream)
-
-            times = launch_times(runs, stream, before=flush if cold else None)
+            times = launch_times(runs, stream, before=None if cache is None else cache.empty)
             return tuple((promising[index], found) for index, found in times.items())
 
 

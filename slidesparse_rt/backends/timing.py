@@ -7,12 +7,13 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from ..device_arrays import cupy_stream
 from ..errors import LibraryError
 
-__all__ = ["balanced", "captured", "fastest", "launch_times"]
+__all__ = ["balanced", "captured", "fastest", "launch_times", "shuffled_rounds"]
 
 _Key = TypeVar("_Key")
 
@@ -22,6 +23,11 @@ _AHEAD_MS, _MOST_AHEAD = 20.0, 5
 #: Milliseconds that the rounds take together, without what comes before each launch, within these
 #: bounds.
 _ROUNDS_MS, _FEWEST_ROUNDS, _MOST_ROUNDS = 25.0, 5, 15
+#: Milliseconds between two events at least where nothing comes before a launch, and most launches
+#: between them: the host takes longer for one than a GPU does for the shortest.
+_UNIT_MS, _MOST_REPEATS = 0.1, 16
+#: Rounds after which what takes so many times as long as the fastest is timed no longer.
+_TRIALS, _HOPELESS = 2, 1.4
 #: Less than events tell apart, in any unit.
 _LEAST_TIME = 1e-6
 
@@ -42,63 +48,140 @@ def captured(stream: Any, work: Callable[[], None]) -> Any:
     return graph
 
 
-def fastest(runs: Sequence[Callable[[], None]], stream: int) -> int:
-    """Index of the launch with the lowest of :func:`launch_times`."""
-    times = launch_times(runs, stream)
+def fastest(
+    runs: Sequence[Callable[[int], None]],
+    stream: int,
+    *,
+    before: Callable[[int], None] | None = None,
+) -> int:
+    """Index of the launch with the lowest of :func:`launch_times`; the hopeless are left early."""
+    times = launch_times(runs, stream, before=before, within=_HOPELESS)
     return min(times, key=lambda index: times[index])
 
 
 def launch_times(
-    runs: Sequence[Callable[[], None]],
+    runs: Sequence[Callable[[int], None]],
     stream: int,
     *,
-    before: Callable[[], None] | None = None,
+    before: Callable[[int], None] | None = None,
+    within: float = math.inf,
 ) -> dict[int, float]:
     """Milliseconds of launches, by index: :func:`balanced` over shuffled rounds of all of them.
 
-    A launch that the library refuses is left out.  ``before`` is called ahead of each and not
-    timed.  Raises LibraryError if all are refused, or if one that ran does not run again.
+    They are replayed as graphs, so that the host's speed plays no part; waits for ``stream`` first.
+
+    Parameters
+    ----------
+    runs:
+        Each launches on the stream at the address that it is given.
+    stream:
+        Address of the stream on which their operands were made.
+    before:
+        Called with a stream ahead of each, and not timed; ``None``: as many launches follow each
+        other as events can tell.
+    within:
+        What takes more than so many times the fastest in two rounds is left out.
+
+    Returns
+    -------
+    dict
+        A launch that the library refuses is left out, too.
+
+    Raises
+    ------
+    LibraryError
+        If all are refused, or if one that ran does not run again.
     """
     import cupy
 
-    external = cupy_stream(stream)
-    order: list[int] = []
+    able: list[int] = []
     refusal: LibraryError | None = None
     for index, run in enumerate(runs):
         try:
-            run()
+            run(stream)
         except LibraryError as error:
             refusal = error
         else:
-            order.append(index)
-    if not order:
+            able.append(index)
+    if not able:
         raise refusal if refusal is not None else LibraryError("there is nothing to time")
+    cupy_stream(stream).synchronize()
+    own = cupy.cuda.Stream(non_blocking=True)
+    empty = None if before is None else partial(before, own.ptr)
     shuffle = random.Random(0).shuffle
+    works = {index: _repeated(runs[index], own, 1) for index in able}
+    repeats = dict.fromkeys(able, 1)
 
     def timed(rounds: int) -> list[dict[int, float]]:
-        marks = []
-        for _ in range(rounds):
-            shuffle(order)
-            of_round = {}
-            for index in order:
-                if before is not None:
-                    before()
-                begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-                begin.record(external)
-                runs[index]()
-                end.record(external)
-                of_round[index] = (begin, end)
-            marks.append(of_round)
-        external.synchronize()
         return [
-            {index: cupy.cuda.get_elapsed_time(*pair) for index, pair in of_round.items()}
-            for of_round in marks
+            {index: time / repeats[index] for index, time in times.items()}
+            for times in shuffled_rounds(works, own, rounds, shuffle, before=empty)
         ]
 
-    once = max(_LEAST_TIME, sum(timed(1)[0].values()))
+    if before is None:
+        for index, time in timed(1)[0].items():
+            repeats[index] = min(_MOST_REPEATS, math.ceil(_UNIT_MS / max(time, _LEAST_TIME)))
+            if repeats[index] > 1:
+                works[index] = _repeated(runs[index], own, repeats[index])
+    trials = timed(_TRIALS)
+    lows = {index: min(times[index] for times in trials) for index in able}
+    bound = within * min(lows.values())
+    works = {index: work for index, work in works.items() if lows[index] <= bound}
+    once = max(_LEAST_TIME, sum(lows[index] * repeats[index] for index in works))
     # Under a load that lasts clocks fall to what power allows, over some tens of milliseconds.
     timed(min(_MOST_AHEAD, int(_AHEAD_MS / once)))
     return balanced(timed(min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(_ROUNDS_MS / once)))))
+
+
+def _repeated(run: Callable[[int], None], stream: Any, count: int) -> Callable[[], None]:
+    """So many launches of ``run``, to be replayed on CuPy's ``stream``."""
+
+    def launch() -> None:
+        for _ in range(count):
+            run(stream.ptr)
+
+    return partial(captured(stream, launch).launch, stream)
+
+
+def shuffled_rounds(
+    works: Mapping[_Key, Callable[[], None]],
+    stream: Any,
+    rounds: int,
+    shuffle: Callable[[list[_Key]], None],
+    *,
+    before: Callable[[], None] | None = None,
+) -> list[dict[_Key, float]]:
+    """Milliseconds of each work in each round, by events around it; waits until all is done.
+
+    Parameters
+    ----------
+    works:
+        What puts them on CuPy's ``stream``.
+    shuffle:
+        Changes the order of a list, before each round.
+    before:
+        Called ahead of each, and not timed.
+    """
+    import cupy
+
+    order, marks = list(works), []
+    for _ in range(rounds):
+        shuffle(order)
+        of_round = {}
+        for key in order:
+            if before is not None:
+                before()
+            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+            begin.record(stream)
+            works[key]()
+            end.record(stream)
+            of_round[key] = (begin, end)
+        marks.append(of_round)
+    stream.synchronize()
+    return [
+        {key: float(cupy.cuda.get_elapsed_time(*pair)) for key, pair in of_round.items()}
+        for of_round in marks
+    ]
 
 
 def balanced(rounds: Sequence[Mapping[_Key, float]]) -> dict[_Key, float]:

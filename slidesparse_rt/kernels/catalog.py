@@ -23,6 +23,7 @@ __all__ = [
     "KernelSpec",
     "catalogue",
     "dequantize",
+    "evict",
     "format_bytes",
     "hopper_gemm",
     "hopper_pack",
@@ -347,6 +348,11 @@ def hopper_pack(dtype: str) -> KernelSpec:
     )
 
 
+def evict() -> KernelSpec:
+    """Return the kernel that reads memory through the level-2 cache."""
+    return _spec("evict.cu", "evict", hot=False, max_threads=256)
+
+
 def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
     """Yield every kernel once for pattern 6:8, or (``all_patterns``) the lifting ones for each.
 
@@ -388,6 +394,7 @@ def catalogue(*, all_patterns: bool = False) -> Iterator[KernelSpec]:
             ("float32", "bfloat16") if "a" in kinds else ("int8", "float8_e4m3fn", "float16")
         ):
             yield weights(entry, kind, pattern)
+    yield evict()
     for target in OPERANDS:
         yield hopper_pack(target.name)
         for source in ARRAY_TYPES:

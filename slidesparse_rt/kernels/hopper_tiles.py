@@ -9,6 +9,7 @@ from ..errors import OptionError
 from .hopper_layout import PANEL_ROWS, STAGE_BYTES, STEP_BYTES, unit_bytes
 
 __all__ = [
+    "BUCKET_TOKENS",
     "COUNTERS_A_TILE",
     "GROUP_THREADS",
     "HOPPER_COUNTERS",
@@ -38,8 +39,16 @@ _ITEM_BYTES = 32
 #: Tokens of tiles where there are few, up to so many.
 _LOW_TILES = (16, 32, 64, 128)
 _HIGH_TILES = (128, 160, 192, 208)
+#: Those of tiles of 128 channels, and the number of tokens from which on each is worth a try where
+#: tiles of 256 channels are fewer than so many for each multiprocessor: more blocks read the
+#: weight, and each has fewer sums to write.
+_HALF_TILES, _UNFILLED = ((128, 65), (192, 257)), 2
 _FEW_TOKENS = 128
 _MANY_TOKENS = 1024
+#: Up to so many tokens a configuration is chosen by its time for the bucket alone; tiles that are
+#: for so many times the bucket's tokens are not worth a try there, but for those of 128.
+BUCKET_TOKENS = 512
+_WASTE = 1.2
 #: Parts of K' at most; a block has at least so many steps of it.
 MOST_SPLITS = 16
 _LEAST_STEPS = 2
@@ -390,11 +399,13 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
             found.append(HopperConfig(width, 2))
         if width == _FEW_TOKENS:
             found.append(HopperConfig(width // 2, 2))  # more blocks read the weight
-    elif tokens <= _MANY_TOKENS:
-        found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
-        found += [HopperConfig(width, 2) for width in _HIGH_TILES]
     else:
-        found = [HopperConfig(width, 2) for width in _HIGH_TILES]
+        found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
+        found += [HopperConfig(width, 2) for width in _HIGH_TILES if _fills(width, tokens)]
+    for width, least in _HALF_TILES:
+        tiles = tiling(HopperConfig(width, 2), n, slid_bytes, tokens, sm_count).tiles
+        if tokens >= least and tiles < _UNFILLED * sm_count and _fills(width, tokens):
+            found.append(HopperConfig(width, 1))
     for config in tuple(found):
         if config.tokens > _MOST_SHARED:
             continue
@@ -402,7 +413,11 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
         cut = tiling(replace(config, split=True), n, slid_bytes, tokens, sm_count)
         if cut.splits > 1 and cut.whole <= _MOST_ROUNDS * sm_count:
             found.append(replace(config, split=True))
-        if config.k_groups or not sm_count < cut.tiles <= _MOST_ROUNDS * sm_count:
+        if (
+            config.k_groups
+            or config.blocks == 1
+            or not sm_count < cut.tiles <= _MOST_ROUNDS * sm_count
+        ):
             continue
         even = replace(config, split=True, even=True)
         cut = tiling(even, n, slid_bytes, tokens, sm_count)
@@ -412,6 +427,12 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
         found.append(HopperConfig(_HIGH_TILES[-1], 2, tile_group=16))
     steps = slid_bytes // STEP_BYTES
     return [config for config in found if steps >= config.least_steps] or [HopperConfig(128, 2)]
+
+
+def _fills(width: int, tokens: int) -> bool:
+    """Whether tiles of so many tokens are worth timing for a bucket."""
+    wasted = -(-tokens // width) * width >= _WASTE * tokens
+    return width == _HIGH_TILES[0] or tokens > BUCKET_TOKENS or not wasted
 
 
 def _clustered(

@@ -18,17 +18,19 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from ..backends.cold import COLD_TOKENS, ColdCache, is_cold
 from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
 from ..backends.gpu_gemm import GpuPrepared
 from ..backends.gpu_step import Step
-from ..backends.timing import balanced, captured
+from ..backends.timing import balanced, captured, shuffled_rounds
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
 from ..errors import DeviceMemoryError, OptionError
-from .table import BUCKETS, COLD_BYTES, Table, buckets_up_to, coarse_first
+from .table import BUCKETS, Table, buckets_up_to, coarse_first
 
 __all__ = ["MeasureOptions", "Progress", "measure"]
 
@@ -42,7 +44,7 @@ _BF16_BYTES = _BF16.bits // 8
 #: Microseconds that the rounds of one number of tokens take together, within these bounds.
 _ROUNDS_US, _FEWEST_ROUNDS, _MOST_ROUNDS = 40_000.0, 7, 41
 #: Microseconds of emptying the cache, roughly.
-_FLUSH_US = 60.0
+_FLUSH_US = 40.0
 #: Least microseconds between two events where the cache stays warm, and most replays.
 _UNIT_US, _MOST_REPLAYS = 100.0, 16
 #: Microseconds of running ahead of what is timed, and at the very start, where clocks rise from
@@ -61,7 +63,7 @@ class MeasureOptions:
         The largest number of tokens, one of 1, 16, 32, 64, ... 32768.
     cold_tokens:
         Up to so many tokens the level-2 cache is emptied before each replay, for weights of
-        :data:`~slidesparse_rt.tuning.table.COLD_BYTES` and more; 0: never.
+        :data:`~slidesparse_rt.backends.cold.COLD_BYTES` and more; 0: never.
     rounds:
         Replays of each backend that are timed; ``None``: 7 to 41, as many as take 40 ms.
     seconds:
@@ -70,7 +72,7 @@ class MeasureOptions:
     """
 
     most_tokens: int = BUCKETS[-1]
-    cold_tokens: int = 512
+    cold_tokens: int = COLD_TOKENS
     rounds: int | None = None
     seconds: float | None = None
 
@@ -160,11 +162,10 @@ class _Bench:
         self._able = list(forms)
         self._refused = {name: _words(error) for name, error in forms.failed.items()}
         self._n, self._k = forms.weight.n, forms.weight.k
-        large = self._n * self._k * forms.weight.operand.bits // 8 >= COLD_BYTES
-        self._cold_tokens = settings.cold_tokens if large else 0
+        self._cache: ColdCache | None = None
+        if self._cold(min(buckets)):
+            self._cache = held.enter_context(ColdCache(forms.device))
         # Whatever goes wrong, nothing is given back that is in use.
-        flushed = 2 * forms.device.l2_bytes if min(buckets) <= self._cold_tokens else 0
-        self._flushed = held.enter_context(forms.device.allocate(flushed))
         self._buckets, self._x, self._y = self._arrays(buckets, held)
         held.callback(self._stream.synchronize)
 
@@ -235,7 +236,12 @@ class _Bench:
                     max(nbytes for _, nbytes in launches.values()), self._pointer, tokens
                 )
             graphs = self._each(launches, lambda name: self._capture(launches[name][0]))
-            return self._times(graphs, cold=tokens <= self._cold_tokens)
+            return self._times(graphs, self._cache if self._cold(tokens) else None)
+
+    def _cold(self, tokens: int) -> bool:
+        weight = self._forms.weight
+        size = weight.n * weight.k * weight.operand.bits // 8
+        return is_cold(tokens, size, self._settings.cold_tokens)
 
     def _each(self, names: Any, make: Callable[[str], Any]) -> dict[str, Any]:
         """What ``make`` returns for each backend; one that breaks is refused from now on."""
@@ -281,38 +287,34 @@ class _Bench:
         self._stream.synchronize()
         return captured(self._stream, launch)
 
-    def _times(self, graphs: Mapping[str, Any], *, cold: bool) -> dict[str, float]:
+    def _times(self, graphs: Mapping[str, Any], cache: ColdCache | None) -> dict[str, float]:
         """Microseconds of each graph, balanced over shuffled rounds."""
         replays, round_us = {}, 0.0
         for name, graph in graphs.items():
             us = self._warm(graph)
-            count = 1 if cold else min(_MOST_REPLAYS, max(1, math.ceil(_UNIT_US / us)))
+            count = 1 if cache else min(_MOST_REPLAYS, max(1, math.ceil(_UNIT_US / us)))
             replays[name] = count
-            round_us += count * us + (_FLUSH_US if cold else 0)
+            round_us += count * us + (_FLUSH_US if cache else 0)
         rounds = self._settings.rounds or int(
             min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, _ROUNDS_US / round_us))
         )
-        order, marks = list(graphs), []
-        for _ in range(rounds):
-            self._shuffle(order)
-            of_round = {}
-            for name in order:
-                if cold:
-                    self._forms.device.clear(
-                        self._flushed.pointer, self._flushed.nbytes, self._pointer
-                    )
-                begin = self._event()
-                for _ in range(replays[name]):
-                    graphs[name].launch(self._stream)
-                of_round[name] = (begin, self._event())
-            marks.append(of_round)
-        self._stream.synchronize()
-        return balanced(
-            [
-                {name: self._us(*pair) / replays[name] for name, pair in of_round.items()}
-                for of_round in marks
-            ]
+        works = {
+            name: partial(self._replay, graph, replays[name]) for name, graph in graphs.items()
+        }
+        found = balanced(
+            shuffled_rounds(
+                works,
+                self._stream,
+                rounds,
+                self._shuffle,
+                before=partial(cache.empty, self._pointer) if cache else None,
+            )
         )
+        return {name: 1e3 * milliseconds / replays[name] for name, milliseconds in found.items()}
+
+    def _replay(self, graph: Any, count: int) -> None:
+        for _ in range(count):
+            graph.launch(self._stream)
 
     def _warm(self, graph: Any) -> float:
         """Run a graph for a while; roughly how many microseconds it takes."""

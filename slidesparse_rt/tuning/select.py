@@ -13,11 +13,12 @@ import numpy as np
 from ..arrays import Device, NDArray
 from ..backends import GPU_BACKENDS, Choice, Problem, able, unavailable
 from ..backends.base import RawWeight
+from ..backends.cold import COLD_BYTES
 from ..errors import DeviceMemoryError, OptionError
 from ..options import PlanOptions
 from ..packing.weight import SparseWeight
 from .cache import TableCache, bias_kind, default_cache, tuning_key
-from .table import COLD_BYTES, DENSE, Dispatch, Table
+from .table import DENSE, Dispatch, Table
 
 if TYPE_CHECKING:
     from ..backends.gpu_forms import GpuForms

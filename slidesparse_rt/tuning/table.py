@@ -15,7 +15,7 @@ from types import MappingProxyType
 from ..backends.buckets import TOKEN_BUCKETS
 from ..errors import OptionError
 
-__all__ = ["BUCKETS", "COLD_BYTES", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
+__all__ = ["BUCKETS", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
 #: Numbers of tokens that fill no tile of the libraries: their products may be slower than for the
 #: next one that does, and times are no straight lines between those.
@@ -25,9 +25,6 @@ _PARTIAL = (120, 184, 208, 248, 328, 456, 648, 904, 1288, 1800)
 BUCKETS = tuple(sorted((1, *TOKEN_BUCKETS, *_PARTIAL)))
 #: The backend that uses no zeros.
 DENSE = "dense"
-#: Bytes of a dense weight from which on its model is too large for the level-2 cache: a few dozen
-#: layers of such a size are.
-COLD_BYTES = 1 << 20
 #: Up to so many tokens a product takes as long as the bucket above: tiles are as large as that, and
 #: tokens that are missing in one save nothing.  Larger products have many tiles.
 _WHOLE_TILES = 256

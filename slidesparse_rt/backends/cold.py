@@ -1,0 +1,70 @@
+"""Products that find their weights out of the level-2 cache, as those of a model do.
+
+In a model the other layers' weights have gone through the cache before a layer runs again.  Where
+tokens are few, reading the weight is most of a product, so products are compared with the cache
+emptied; not those of the smallest weights, which are parts of models that stay in it as a whole.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from ..kernels import catalog
+from ..kernels.launch import Launch
+from ..kernels.loader import kernels_of
+from .gpu_device import GpuDevice
+
+__all__ = ["COLD_BYTES", "COLD_TOKENS", "ColdCache", "is_cold"]
+
+#: Most tokens of which a product's time depends on where its weight lies.
+COLD_TOKENS = 512
+#: Bytes of a dense weight from which on its model is too large for the cache: a few dozen layers of
+#: such a size are.
+COLD_BYTES = 1 << 20
+#: How much is read to empty the cache, in parts of its size: it does not forget in order.
+_TIMES = 2
+_THREADS, _BLOCKS_PER_SM = 256, 8
+#: Arguments of the kernel as codes of struct: address, pieces of 16 bytes.
+_ARGUMENTS = "Qq"
+
+
+def is_cold(tokens: int, weight_bytes: int, cold_tokens: int = COLD_TOKENS) -> bool:
+    """Whether a product of so many tokens and a dense weight of that size finds it in memory."""
+    return tokens <= cold_tokens and weight_bytes >= COLD_BYTES
+
+
+class ColdCache:
+    """Memory that is read through the level-2 cache of a device, so that all else leaves it.
+
+    It is read and not written: what is written stays in the cache as well, and has to be written
+    back while what comes next is timed (6 us on an H200).
+
+    Raises DeviceMemoryError, or CompileError and LibraryError as
+    :meth:`~slidesparse_rt.kernels.loader.KernelCache.load`.
+    """
+
+    def __init__(self, device: GpuDevice) -> None:
+        kernels = kernels_of(device.index)
+        self._launch = Launch(kernels.cuda, kernels.load(catalog.evict()), _ARGUMENTS)
+        self._blocks = _BLOCKS_PER_SM * device.sm_count
+        self._memory = device.allocate(_TIMES * device.l2_bytes)
+
+    def empty(self, stream: int) -> None:
+        """Launch it on a stream."""
+        memory = self._memory
+        self._launch(self._blocks, _THREADS, 1, 0, stream, memory.pointer, memory.nbytes // 16)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+
+    def __enter__(self) -> ColdCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
