@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from slidesparse_rt.backends.gpu_forms import GpuForms, pack_forms
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.tuning import BUCKETS, Table, measure
 from slidesparse_rt.tuning.measure import MeasureOptions
+from slidesparse_rt.tuning.table import buckets_up_to, coarse_first
 
 RAW = RawWeight(None, ss.Pattern.parse("6:8"), operand("int8"))
 LIMIT = 2 << 30
@@ -63,9 +65,9 @@ def test_every_backend_is_timed_at_every_bucket(gpu_machine: Machine, forms: Gpu
 
 
 def test_the_cache_is_emptied_before_each_run_where_tokens_are_few(
-    gpu_machine: Machine,
-    forms: GpuForms,
+    gpu_machine: Machine, forms: GpuForms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(measure, "_RECOVERIES", 0)
     times(forms, most_tokens=1024, cold_tokens=32, rounds=5)
     ran = [tokens for _, tokens, _, _ in gpu_machine.cuda.events]
     # Buckets 1, 16 and 32; five rounds of three backends each, every one right after a flush.
@@ -75,6 +77,24 @@ def test_the_cache_is_emptied_before_each_run_where_tokens_are_few(
     gpu_machine.gpu.flushed.clear()
     times(forms, most_tokens=16, cold_tokens=0)
     assert gpu_machine.gpu.flushed == []
+
+
+def test_clocks_recover_where_fewer_tokens_come_after_more(
+    gpu_machine: Machine, forms: GpuForms
+) -> None:
+    times(forms, most_tokens=1024, rounds=5)
+    events, flushed = gpu_machine.cuda.events, gpu_machine.gpu.flushed
+    order = coarse_first(buckets_up_to(1024))
+    falls = {m for before, m in pairwise(order) if m < before}
+    assert 0 < len(falls) < len(order)
+    # Before the first run of any backend at so many tokens, algorithms included.
+    first = {m: next(at for at, event in enumerate(events) if event[1] == m) for m in order}
+    for m in order[1:]:
+        assert flushed.count(first[m]) == (measure._RECOVERIES if m in falls else 0)
+    # Nothing to read where every weight stays in the cache.
+    flushed.clear()
+    times(forms, most_tokens=1024, cold_tokens=0)
+    assert flushed == []
 
 
 def test_weights_of_models_that_stay_in_the_cache_are_timed_there(
