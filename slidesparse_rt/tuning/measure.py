@@ -51,7 +51,7 @@ _UNIT_US, _MOST_REPLAYS = 100.0, 16
 #: idle; and most replays.
 _WARM_US, _START_US, _MOST_WARM = 3_000.0, 50_000.0, 5_000
 #: How often the cache is emptied where fewer tokens come after more: long products bring clocks
-#: down to what power allows, and for some 60 ms what comes next runs at these, not all of it equally
+#: down to what power allows, and for some 60 ms what comes next runs at these, some of it much
 #: slower.
 _RECOVERIES = 4_000
 _FIRST = 3
