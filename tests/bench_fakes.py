@@ -145,6 +145,7 @@ def fake_cupy(cuda):
         ),
         MemoryPointer=lambda memory, offset: memory,
         runtime=SimpleNamespace(
+            CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
             cudaDevAttrL2CacheSize=38,
             deviceGetAttribute=lambda attribute, index: {38: 1 << 16}[attribute],
             deviceGetPCIBusId=lambda index: f"0000:0{index}:00.0",

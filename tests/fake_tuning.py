@@ -198,6 +198,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ma
     made = Machine(cuda, FakeGpu(cuda), TableCache(tmp_path / "tuning"))
     monkeypatch.setattr(Memory, "held", set())
     monkeypatch.setattr(measure, "ColdCache", ColdCache)
+    monkeypatch.setattr(measure, "_RECOVERY_S", 0.0)  # the clock is not that of the host
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(cuda))
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from slidesparse_rt.backends import timing
 from slidesparse_rt.backends.timing import balanced, fastest, launch_times
-from slidesparse_rt.errors import LibraryError
+from slidesparse_rt.errors import DeviceMemoryError, LibraryError
 
 TIMES = st.floats(1e-3, 1e4)
 #: Streams: the caller's, and the one that is timed on.
@@ -52,6 +52,14 @@ def test_events_that_are_too_close_count_as_short() -> None:
     assert balanced([{"a": 0.0, "b": 1.0}])["a"] == pytest.approx(1e-6)
 
 
+class RuntimeFault(RuntimeError):
+    """CuPy's error of the CUDA runtime."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
 class Machine:
     """A GPU whose clock falls under load, and a host that takes time to give it work.
 
@@ -66,6 +74,8 @@ class Machine:
         self.launched: list[int] = []
         self.flushes = 0
         self.recording: list[Callable[[], None]] | None = None
+        #: The status with which graphs fail, if not 0.
+        self.full = 0
         machine = self
 
         class Event:
@@ -80,10 +90,12 @@ class Machine:
                 self.works = works
 
             def upload(self, stream: Any) -> None:
-                pass
+                if machine.full:
+                    raise RuntimeFault(machine.full)
 
             def launch(self, stream: Any) -> None:
                 assert machine.recording is None
+                assert machine.synchronized, "operands may not be there yet"
                 machine.host += machine.REPLAY
                 for work in self.works:
                     work()
@@ -92,9 +104,7 @@ class Machine:
             ptr = OWN
 
             def __init__(self, *, non_blocking: bool = False) -> None:
-                # The default stream would wait for others.
-                assert non_blocking
-                assert machine.synchronized, "operands may not be there yet"
+                assert non_blocking  # the default stream would wait for others
 
             def __enter__(self) -> None:
                 pass
@@ -117,7 +127,10 @@ class Machine:
             assert machine.synchronized >= end.due, "the GPU is not there yet"
             return float(end.at - begin.at)
 
-        cuda = SimpleNamespace(Event=Event, Stream=Stream, get_elapsed_time=elapsed)
+        runtime = SimpleNamespace(CUDARuntimeError=RuntimeFault)
+        cuda = SimpleNamespace(
+            Event=Event, Stream=Stream, get_elapsed_time=elapsed, runtime=runtime
+        )
         monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
         monkeypatch.setattr(timing, "cupy_stream", lambda stream: machine)
 
@@ -245,14 +258,31 @@ def test_what_is_refused_is_left_out(machine: Machine) -> None:
     assert machine.flushes == len(machine.launched) - 1
     with pytest.raises(LibraryError, match="no such algorithm"):
         launch_times([refused], STREAM)
-    calls: list[None] = []
 
-    def once(stream: int) -> None:
-        calls.append(None)
-        if len(calls) > 1:
-            raise LibraryError("not again")
+    def never_captured(stream: int) -> None:
+        if stream == OWN:
+            raise LibraryError("not in a graph")
 
-    with pytest.raises(LibraryError, match="not again"):
-        launch_times([once], STREAM)
+    assert set(launch_times([never_captured, machine.launch(1, 2.0)], STREAM)) == {1}
+    assert machine.recording is None  # the capture has ended
+    with pytest.raises(LibraryError, match="not in a graph"):
+        launch_times([never_captured], STREAM)
     with pytest.raises(LibraryError, match="nothing to time"):
         launch_times([], STREAM)
+
+
+def test_graphs_for_which_there_is_no_memory(machine: Machine) -> None:
+    """The backends then go on without a choice; other faults of CUDA refuse a launch."""
+    runs = [machine.launch(0, 1.0)]
+    machine.full = 2  # cudaErrorMemoryAllocation
+    with pytest.raises(
+        DeviceMemoryError, match="capturing a CUDA graph failed: status 2"
+    ) as raised:
+        launch_times(runs, STREAM)
+    assert raised.value.status == 2
+    machine.full = 900
+    with pytest.raises(LibraryError, match="status 900") as other:
+        launch_times(runs, STREAM)
+    assert not isinstance(other.value, DeviceMemoryError)
+    machine.full = 0
+    assert set(launch_times(runs, STREAM)) == {0}

@@ -39,7 +39,8 @@ class ColdCache:
     It is read and not written: what is written stays in the cache as well, and has to be written
     back while what comes next is timed (6 us on an H200).
 
-    Raises DeviceMemoryError, or CompileError and LibraryError as
+    Raises DeviceMemoryError, or BackendUnavailable, CompileError and LibraryError as
+    :func:`~slidesparse_rt.kernels.loader.kernels_of` and
     :meth:`~slidesparse_rt.kernels.loader.KernelCache.load`.
     """
 

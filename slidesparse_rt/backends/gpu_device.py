@@ -18,7 +18,7 @@ from ..errors import DeviceMemoryError, LibraryError
 from ..kernels.loader import relaxed_capture
 from ..packing.quantize import quantize_tokens
 
-__all__ = ["Buffer", "GpuDevice", "gpu_device", "is_capturing", "working_on"]
+__all__ = ["Buffer", "GpuDevice", "cuda_errors", "gpu_device", "is_capturing", "working_on"]
 
 #: cudaErrorMemoryAllocation
 _OUT_OF_MEMORY = 2
@@ -33,6 +33,18 @@ def working_on(index: int) -> Iterator[None]:
     """
     with on_device(index), relaxed_capture():
         yield
+
+
+@contextlib.contextmanager
+def cuda_errors(what: str) -> Iterator[None]:
+    """Raise CuPy's errors as LibraryError, or DeviceMemoryError; ``what`` is what failed."""
+    import cupy
+
+    try:
+        yield
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        kind = DeviceMemoryError if error.status == _OUT_OF_MEMORY else LibraryError
+        raise kind(f"{what} failed: {error}", status=int(error.status)) from error
 
 
 class Buffer:

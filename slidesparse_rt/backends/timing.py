@@ -11,9 +11,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..device_arrays import cupy_stream
-from ..errors import LibraryError
+from ..errors import DeviceMemoryError, LibraryError
+from .gpu_device import cuda_errors
 
-__all__ = ["balanced", "captured", "fastest", "launch_times", "shuffled_rounds"]
+__all__ = ["balanced", "captured", "fastest", "launch_times", "repeats_of", "shuffled_rounds"]
 
 _Key = TypeVar("_Key")
 
@@ -33,8 +34,11 @@ _LEAST_TIME = 1e-6
 
 
 def captured(stream: Any, work: Callable[[], None]) -> Any:
-    """What ``work`` launches on CuPy's ``stream``, as a graph that is ready on the device."""
-    with stream:
+    """What ``work`` launches on CuPy's ``stream``, as a graph that is ready on the device.
+
+    Raises what ``work`` does; LibraryError, DeviceMemoryError if CUDA makes no graph of it.
+    """
+    with cuda_errors("capturing a CUDA graph"), stream:
         stream.begin_capture()
         try:
             work()
@@ -54,7 +58,10 @@ def fastest(
     *,
     before: Callable[[int], None] | None = None,
 ) -> int:
-    """Index of the launch with the lowest of :func:`launch_times`; the hopeless are left early."""
+    """Index of the launch with the lowest of :func:`launch_times`; the hopeless are left early.
+
+    Raises as that does.
+    """
     times = launch_times(runs, stream, before=before, within=_HOPELESS)
     return min(times, key=lambda index: times[index])
 
@@ -85,32 +92,39 @@ def launch_times(
     Returns
     -------
     dict
-        A launch that the library refuses is left out, too.
+        A launch that the library refuses, or that cannot be captured, is left out, too.
 
     Raises
     ------
     LibraryError
-        If all are refused, or if one that ran does not run again.
+        If all are refused.
+    DeviceMemoryError
+        If there is no memory for graphs.
     """
     import cupy
 
-    able: list[int] = []
+    with cuda_errors("making a stream"):
+        own = cupy.cuda.Stream(non_blocking=True)
+    works: dict[int, Callable[[], None]] = {}
     refusal: LibraryError | None = None
     for index, run in enumerate(runs):
         try:
             run(stream)
         except LibraryError as error:
             refusal = error
-        else:
-            able.append(index)
-    if not able:
+            continue
+        try:
+            works[index] = _repeated(run, own, 1)
+        except DeviceMemoryError:
+            raise
+        except LibraryError as error:
+            refusal = error
+    if not works:
         raise refusal if refusal is not None else LibraryError("there is nothing to time")
     cupy_stream(stream).synchronize()
-    own = cupy.cuda.Stream(non_blocking=True)
     empty = None if before is None else partial(before, own.ptr)
     shuffle = random.Random(0).shuffle
-    works = {index: _repeated(runs[index], own, 1) for index in able}
-    repeats = dict.fromkeys(able, 1)
+    repeats = dict.fromkeys(works, 1)
 
     def timed(rounds: int) -> list[dict[int, float]]:
         return [
@@ -120,17 +134,22 @@ def launch_times(
 
     if before is None:
         for index, time in timed(1)[0].items():
-            repeats[index] = min(_MOST_REPEATS, math.ceil(_UNIT_MS / max(time, _LEAST_TIME)))
+            repeats[index] = repeats_of(time)
             if repeats[index] > 1:
                 works[index] = _repeated(runs[index], own, repeats[index])
     trials = timed(_TRIALS)
-    lows = {index: min(times[index] for times in trials) for index in able}
+    lows = {index: min(times[index] for times in trials) for index in works}
     bound = within * min(lows.values())
     works = {index: work for index, work in works.items() if lows[index] <= bound}
     once = max(_LEAST_TIME, sum(lows[index] * repeats[index] for index in works))
     # Under a load that lasts clocks fall to what power allows, over some tens of milliseconds.
     timed(min(_MOST_AHEAD, int(_AHEAD_MS / once)))
     return balanced(timed(min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(_ROUNDS_MS / once)))))
+
+
+def repeats_of(milliseconds: float) -> int:
+    """How many launches of so long each are timed together where the cache stays warm."""
+    return min(_MOST_REPEATS, math.ceil(_UNIT_MS / max(milliseconds, _LEAST_TIME)))
 
 
 def _repeated(run: Callable[[int], None], stream: Any, count: int) -> Callable[[], None]:
@@ -161,6 +180,8 @@ def shuffled_rounds(
         Changes the order of a list, before each round.
     before:
         Called ahead of each, and not timed.
+
+    Raises what ``works`` and ``before`` do.
     """
     import cupy
 

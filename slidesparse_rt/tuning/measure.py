@@ -3,9 +3,8 @@
 What is timed is what a run costs the GPU: quantize and lift, multiply, and the second pass where
 there is one, from bfloat16 to bfloat16.  It is captured as a CUDA graph, so that the host's speed
 plays no part, and replayed in shuffled rounds (:func:`~slidesparse_rt.backends.timing.balanced`).
-Where tokens are few the level-2 cache is emptied before every replay: in a model the other layers'
-weights have gone through it.  Not so for the smallest weights, which are parts of models that stay
-in it as a whole.
+Where tokens are few the level-2 cache is emptied before every replay
+(:mod:`~slidesparse_rt.backends.cold`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +24,7 @@ from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
 from ..backends.gpu_gemm import GpuPrepared
 from ..backends.gpu_step import Step
-from ..backends.timing import balanced, captured, shuffled_rounds
+from ..backends.timing import balanced, captured, repeats_of, shuffled_rounds
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
 from ..errors import DeviceMemoryError, OptionError
@@ -45,15 +43,12 @@ _BF16_BYTES = _BF16.bits // 8
 _ROUNDS_US, _FEWEST_ROUNDS, _MOST_ROUNDS = 40_000.0, 7, 41
 #: Microseconds of emptying the cache, roughly.
 _FLUSH_US = 40.0
-#: Least microseconds between two events where the cache stays warm, and most replays.
-_UNIT_US, _MOST_REPLAYS = 100.0, 16
 #: Microseconds of running ahead of what is timed, and at the very start, where clocks rise from
 #: idle; and most replays.
 _WARM_US, _START_US, _MOST_WARM = 3_000.0, 50_000.0, 5_000
-#: How often the cache is emptied where fewer tokens come after more: long products bring clocks
-#: down to what power allows, and for some 60 ms what comes next runs at these, some of it much
-#: slower.
-_RECOVERIES = 4_000
+#: Seconds of reading memory where fewer tokens come after more: long products bring clocks down to
+#: what power allows, and for some 60 ms what comes next runs at these, some of it much slower.
+_RECOVERY_S, _READS = 0.1, 100
 _FIRST = 3
 
 
@@ -232,8 +227,11 @@ class _Bench:
         """Microseconds of every backend that can run so many tokens."""
         if tokens < self._tokens_before and self._cache is not None:
             # That reads, which needs less power than multiplying.
-            for _ in range(_RECOVERIES):
-                self._cache.empty(self._pointer)
+            until = time.monotonic() + _RECOVERY_S
+            while time.monotonic() < until:
+                for _ in range(_READS):
+                    self._cache.empty(self._pointer)
+                self._stream.synchronize()
         self._tokens_before = tokens
         with contextlib.ExitStack() as held:
             workspace = Workspace(self._forms.device)
@@ -302,7 +300,7 @@ class _Bench:
         replays, round_us = {}, 0.0
         for name, graph in graphs.items():
             us = self._warm(graph)
-            count = 1 if cache else min(_MOST_REPLAYS, max(1, math.ceil(_UNIT_US / us)))
+            count = 1 if cache else repeats_of(us / 1e3)
             replays[name] = count
             round_us += count * us + (_FLUSH_US if cache else 0)
         rounds = self._settings.rounds or int(

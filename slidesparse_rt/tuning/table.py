@@ -13,6 +13,7 @@ from itertools import combinations, permutations
 from types import MappingProxyType
 
 from ..backends.buckets import TOKEN_BUCKETS
+from ..backends.cold import COLD_TOKENS
 from ..errors import OptionError
 
 __all__ = ["BUCKETS", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
@@ -110,7 +111,7 @@ class Table:
 
     times: Mapping[int, Mapping[str, float]]
     refused: Mapping[str, str] = field(default_factory=dict)
-    cold_tokens: int = 512
+    cold_tokens: int = COLD_TOKENS
     taken: str = ""
 
     def __post_init__(self) -> None:
