@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 
@@ -64,19 +65,8 @@ class Gpu:
         self.done.append(("emptied", stream))
 
 
-class ColdCache:
-    """Memory to empty the level-2 cache with."""
-
-    def __init__(self, device: Gpu) -> None:
-        self._device = device
-        self._memory = device.allocate(2 * device.l2_bytes)
-
-    def empty(self, stream: int) -> None:
-        assert self._memory.pointer
-        self._device.emptied(stream)
-
-    def __enter__(self) -> ColdCache:
-        return self
-
-    def __exit__(self, *arguments: Any) -> None:
-        self._memory.close()
+@contextlib.contextmanager
+def cold_cache(device: Gpu) -> Iterator[Callable[[int], None]]:
+    """What empties the level-2 cache of such a device."""
+    with device.allocate(2 * device.l2_bytes):
+        yield device.emptied

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from bench_fakes import Cuda, fake_cupy
-from fake_gpu import ColdCache, Gpu, Memory
+from fake_gpu import Gpu, Memory, cold_cache
 
 import slidesparse_rt as ss
 from slidesparse_rt import device_adapters, gpu_run, plan
@@ -197,7 +197,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ma
     cuda = Clock()
     made = Machine(cuda, FakeGpu(cuda), TableCache(tmp_path / "tuning"))
     monkeypatch.setattr(Memory, "held", set())
-    monkeypatch.setattr(measure, "ColdCache", ColdCache)
+    monkeypatch.setattr(measure, "cold_cache", cold_cache)
     monkeypatch.setattr(measure, "_RECOVERY_S", 0.0)  # the clock is not that of the host
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(cuda))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from fake_cuda import FakeKernels
-from fake_gpu import ColdCache, Gpu, Memory
+from fake_gpu import Gpu, Memory, cold_cache
 from hopper_cases import DTYPES, OUT_TYPES, spec_of
 
 import slidesparse_rt as ss
@@ -74,7 +74,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(GpuWeight, "slide", slide)
     monkeypatch.setattr(GpuWeight, "drop_values", drop)
     monkeypatch.setattr(hopper, "launch_times", launch_times)
-    monkeypatch.setattr(hopper, "ColdCache", ColdCache)
+    monkeypatch.setattr(hopper, "cold_cache", cold_cache)
     monkeypatch.setattr(cold, "COLD_BYTES", 0)  # as if weights were large ones
     monkeypatch.setattr(Memory, "held", set())
     return made

@@ -7,14 +7,15 @@ emptied; not those of the smallest weights, which are parts of models that stay 
 
 from __future__ import annotations
 
-from types import TracebackType
+import contextlib
+from collections.abc import Callable, Iterator
 
 from ..kernels import catalog
 from ..kernels.launch import Launch
 from ..kernels.loader import kernels_of
 from .gpu_device import GpuDevice
 
-__all__ = ["COLD_BYTES", "COLD_TOKENS", "ColdCache", "is_cold"]
+__all__ = ["COLD_BYTES", "COLD_TOKENS", "cold_cache", "is_cold"]
 
 #: Most tokens of which a product's time depends on where its weight lies.
 COLD_TOKENS = 512
@@ -33,39 +34,20 @@ def is_cold(tokens: int, weight_bytes: int, cold_tokens: int = COLD_TOKENS) -> b
     return tokens <= cold_tokens and weight_bytes >= COLD_BYTES
 
 
-class ColdCache:
-    """Memory that is read through the level-2 cache of a device, so that all else leaves it.
+@contextlib.contextmanager
+def cold_cache(device: GpuDevice) -> Iterator[Callable[[int], None]]:
+    """What empties the level-2 cache of a device on a stream: it reads memory that it holds.
 
-    It is read and not written: what is written stays in the cache as well, and has to be written
-    back while what comes next is timed (6 us on an H200).
+    It reads and does not write: what is written stays in the cache as well, and has to be written
+    back while what comes next is timed (up to 8 us on an H200).
 
     Raises DeviceMemoryError, or BackendUnavailable, CompileError and LibraryError as
     :func:`~slidesparse_rt.kernels.loader.kernels_of` and
     :meth:`~slidesparse_rt.kernels.loader.KernelCache.load`.
     """
-
-    def __init__(self, device: GpuDevice) -> None:
-        kernels = kernels_of(device.index)
-        self._launch = Launch(kernels.cuda, kernels.load(catalog.evict()), _ARGUMENTS)
-        self._blocks = _BLOCKS_PER_SM * device.sm_count
-        self._memory = device.allocate(_TIMES * device.l2_bytes)
-
-    def empty(self, stream: int) -> None:
-        """Launch it on a stream."""
-        memory = self._memory
-        self._launch(self._blocks, _THREADS, 1, 0, stream, memory.pointer, memory.nbytes // 16)
-
-    def close(self) -> None:
-        """Give the memory back."""
-        self._memory.close()
-
-    def __enter__(self) -> ColdCache:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    kernels = kernels_of(device.index)
+    launch = Launch(kernels.cuda, kernels.load(catalog.evict()), _ARGUMENTS)
+    blocks = _BLOCKS_PER_SM * device.sm_count
+    with device.allocate(_TIMES * device.l2_bytes) as memory:
+        pieces = memory.nbytes // 16
+        yield lambda stream: launch(blocks, _THREADS, 1, 0, stream, memory.pointer, pieces)

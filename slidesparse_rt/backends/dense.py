@@ -45,7 +45,7 @@ from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
 from .buckets import token_bucket
-from .cold import ColdCache, is_cold
+from .cold import cold_cache, is_cold
 from .gpu_device import Buffer, GpuDevice, working_on
 from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up
 from .gpu_step import Product
@@ -303,7 +303,7 @@ class DensePrepared(GpuPrepared):
             self.device.upload(np.ones(padded, np.float32), stream) as scales,
             self.device.allocate(padded * self.padded_n * width) as target,
             self.device.allocate(_SCRATCH_BYTES) as scratch,
-            ColdCache(self.device) if cold else nullcontext() as cache,
+            cold_cache(self.device) if cold else nullcontext() as empty,
         ):
             runs = []
             for candidate in found:
@@ -319,7 +319,7 @@ class DensePrepared(GpuPrepared):
                         stream,
                     )
                 )
-            return found[fastest(runs, stream, before=None if cache is None else cache.empty)]
+            return found[fastest(runs, stream, before=empty)]
 
 
 class DenseBackend(GpuBackend):

@@ -26,7 +26,7 @@ from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
 from .buckets import token_bucket
-from .cold import ColdCache, is_cold
+from .cold import cold_cache, is_cold
 from .gpu_device import Buffer, GpuDevice
 from .gpu_gemm import GpuBackend, GpuPrepared, round_up
 from .gpu_step import Product
@@ -221,7 +221,7 @@ class HopperPrepared(GpuPrepared):
             device.allocate(bucket * n * kind.bits // 8) as target,
             device.allocate(max(product.scratch_bytes for product in products)) as partials,
             device.upload(np.zeros(counted, np.int32), stream) as counters,
-            ColdCache(device) if cold else nullcontext() as cache,
+            cold_cache(device) if cold else nullcontext() as empty,
         ):
             runs = [
                 lambda stream, product=product: product.launch(
@@ -235,7 +235,7 @@ class HopperPrepared(GpuPrepared):
                 )
                 for product in products
             ]
-            times = launch_times(runs, stream, before=None if cache is None else cache.empty)
+            times = launch_times(runs, stream, before=empty)
             return tuple((promising[index], found) for index, found in times.items())
 
 

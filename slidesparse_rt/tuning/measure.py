@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from ..backends.cold import COLD_TOKENS, ColdCache, is_cold
+from ..backends.cold import COLD_TOKENS, cold_cache, is_cold
 from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
 from ..backends.gpu_gemm import GpuPrepared
@@ -162,9 +162,9 @@ class _Bench:
         self._able = list(forms)
         self._refused = {name: _words(error) for name, error in forms.failed.items()}
         self._n, self._k = forms.weight.n, forms.weight.k
-        self._cache: ColdCache | None = None
+        self._empty: Callable[[int], None] | None = None
         if self._cold(min(buckets)):
-            self._cache = held.enter_context(ColdCache(forms.device))
+            self._empty = held.enter_context(cold_cache(forms.device))
         # Whatever goes wrong, nothing is given back that is in use.
         self._buckets, self._x, self._y = self._arrays(buckets, held)
         held.callback(self._stream.synchronize)
@@ -225,12 +225,12 @@ class _Bench:
 
     def _bucket(self, tokens: int) -> dict[str, float]:
         """Microseconds of every backend that can run so many tokens."""
-        if tokens < self._tokens_before and self._cache is not None:
+        if tokens < self._tokens_before and self._empty is not None:
             # That reads, which needs less power than multiplying.
             until = time.monotonic() + _RECOVERY_S
             while time.monotonic() < until:
                 for _ in range(_READS):
-                    self._cache.empty(self._pointer)
+                    self._empty(self._pointer)
                 self._stream.synchronize()
         self._tokens_before = tokens
         with contextlib.ExitStack() as held:
@@ -244,7 +244,7 @@ class _Bench:
                     max(nbytes for _, nbytes in launches.values()), self._pointer, tokens
                 )
             graphs = self._each(launches, lambda name: self._capture(launches[name][0]))
-            return self._times(graphs, self._cache if self._cold(tokens) else None)
+            return self._times(graphs, self._empty if self._cold(tokens) else None)
 
     def _cold(self, tokens: int) -> bool:
         weight = self._forms.weight
@@ -295,14 +295,16 @@ class _Bench:
         self._stream.synchronize()
         return captured(self._stream, launch)
 
-    def _times(self, graphs: Mapping[str, Any], cache: ColdCache | None) -> dict[str, float]:
+    def _times(
+        self, graphs: Mapping[str, Any], empty: Callable[[int], None] | None
+    ) -> dict[str, float]:
         """Microseconds of each graph, balanced over shuffled rounds."""
         replays, round_us = {}, 0.0
         for name, graph in graphs.items():
             us = self._warm(graph)
-            count = 1 if cache else repeats_of(us / 1e3)
+            count = 1 if empty else repeats_of(us / 1e3)
             replays[name] = count
-            round_us += count * us + (_FLUSH_US if cache else 0)
+            round_us += count * us + (_FLUSH_US if empty else 0)
         rounds = self._settings.rounds or int(
             min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, _ROUNDS_US / round_us))
         )
@@ -315,7 +317,7 @@ class _Bench:
                 self._stream,
                 rounds,
                 self._shuffle,
-                before=partial(cache.empty, self._pointer) if cache else None,
+                before=partial(empty, self._pointer) if empty else None,
             )
         )
         return {name: 1e3 * milliseconds / replays[name] for name, milliseconds in found.items()}

@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from slidesparse_rt.backends.cold import ColdCache
+from slidesparse_rt.backends.cold import cold_cache
 from slidesparse_rt.backends.gpu_device import gpu_device, working_on
 from slidesparse_rt.backends.timing import fastest, launch_times
 from slidesparse_rt.kernels import catalog
@@ -55,11 +55,11 @@ def test_the_cache_is_emptied(stream) -> None:
     device = gpu_device(0)
     nbytes = device.l2_bytes // 3
     reader = Reader(nbytes)
-    with reader.memory, ColdCache(device) as cache:
+    with reader.memory, cold_cache(device) as empty:
         warm, cold = [], []
         for _ in range(5):
             warm.append(launch_times([reader.part(nbytes)], stream)[0])
-            cold.append(launch_times([reader.part(nbytes)], stream, before=cache.empty)[0])
+            cold.append(launch_times([reader.part(nbytes)], stream, before=empty)[0])
         assert statistics.median(cold) > 1.2 * statistics.median(warm)
 
 
@@ -72,5 +72,5 @@ def test_less_is_faster(stream, order: int, mebibytes: int) -> None:
     with reader.memory:
         parts = [reader.part(nbytes), reader.part(nbytes * 2), reader.part(nbytes * 2)][::order]
         assert fastest(parts, stream) == (0 if order == 1 else 2)
-        with ColdCache(gpu_device(0)) as cache:
-            assert fastest(parts, stream, before=cache.empty) == (0 if order == 1 else 2)
+        with cold_cache(gpu_device(0)) as empty:
+            assert fastest(parts, stream, before=empty) == (0 if order == 1 else 2)
