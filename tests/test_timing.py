@@ -230,9 +230,7 @@ def test_the_hopeless_are_left_after_two_rounds(machine: Machine) -> None:
     assert machine.launched.count(0) == 4 < machine.launched.count(2)
 
 
-def test_a_disturbance_makes_nothing_hopeless(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disturbance_makes_nothing_hopeless(machine: Machine) -> None:
     seen: list[int] = []
 
     class Launched(list[int]):

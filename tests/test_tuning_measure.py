@@ -65,7 +65,7 @@ def test_every_backend_is_timed_at_every_bucket(gpu_machine: Machine, forms: Gpu
 
 
 def test_the_cache_is_emptied_before_each_run_where_tokens_are_few(
-    gpu_machine: Machine, forms: GpuForms, monkeypatch: pytest.MonkeyPatch
+    gpu_machine: Machine, forms: GpuForms
 ) -> None:
     times(forms, most_tokens=1024, cold_tokens=32, rounds=5)
     ran = [tokens for _, tokens, _, _ in gpu_machine.cuda.events]

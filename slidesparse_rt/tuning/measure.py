@@ -158,7 +158,6 @@ class _Bench:
         self._settings = settings
         self._shuffle = random.Random(0).shuffle
         self._ahead_us = _START_US
-        self._tokens_before = 0
         self._able = list(forms)
         self._refused = {name: _words(error) for name, error in forms.failed.items()}
         self._n, self._k = forms.weight.n, forms.weight.k
@@ -202,6 +201,8 @@ class _Bench:
                 break
             if progress is not None:
                 progress(f"{self._n} x {self._k}, M = {tokens}", done, len(self._buckets))
+            if done and tokens < order[done - 1]:
+                self._recover()
             try:
                 found[tokens] = self._bucket(tokens)
             except DeviceMemoryError as error:
@@ -223,16 +224,16 @@ class _Bench:
             now.isoformat(timespec="seconds"),
         )
 
+    def _recover(self) -> None:
+        """Let clocks rise again: the GPU reads, which needs less power than multiplying."""
+        until = time.monotonic() + _RECOVERY_S
+        while self._empty is not None and time.monotonic() < until:
+            for _ in range(_READS):
+                self._empty(self._pointer)
+            self._stream.synchronize()
+
     def _bucket(self, tokens: int) -> dict[str, float]:
         """Microseconds of every backend that can run so many tokens."""
-        if tokens < self._tokens_before and self._empty is not None:
-            # That reads, which needs less power than multiplying.
-            until = time.monotonic() + _RECOVERY_S
-            while time.monotonic() < until:
-                for _ in range(_READS):
-                    self._empty(self._pointer)
-                self._stream.synchronize()
-        self._tokens_before = tokens
         with contextlib.ExitStack() as held:
             workspace = Workspace(self._forms.device)
             held.callback(workspace.close)
