@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
+from fake_gpu import RuntimeFault
 
 from slidesparse_rt import plan as plan_module
 from slidesparse_rt.backends import gpu_device as gpu_device_module
@@ -145,7 +146,7 @@ def fake_cupy(cuda):
         ),
         MemoryPointer=lambda memory, offset: memory,
         runtime=SimpleNamespace(
-            CUDARuntimeError=type("CUDARuntimeError", (RuntimeError,), {}),
+            CUDARuntimeError=RuntimeFault,
             cudaDevAttrL2CacheSize=38,
             deviceGetAttribute=lambda attribute, index: {38: 1 << 16}[attribute],
             deviceGetPCIBusId=lambda index: f"0000:0{index}:00.0",

@@ -7,6 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 
+class RuntimeFault(RuntimeError):
+    """CuPy's error of the CUDA runtime."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
 class Memory:
     """Device memory that only has an address; ``held`` are those that are open."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from fake_cuda import FakeKernels
 from fake_gpu import Gpu, Memory
 
 from slidesparse_rt.backends import cold
+from slidesparse_rt.dtypes import operand
 from slidesparse_rt.errors import DeviceMemoryError
 from slidesparse_rt.kernels import catalog
 
@@ -66,4 +68,6 @@ def test_its_memory_is_given_back_where_something_fails(kernels: FakeKernels) ->
 def test_which_products_find_their_weight_in_memory(
     tokens: int, nbytes: int, most: int, expected: bool
 ) -> None:
-    assert cold.is_cold(tokens, nbytes, most) == expected
+    for name, size in (("int8", 1), ("bf16", 2)):
+        weight: Any = SimpleNamespace(n=4, k=nbytes // (4 * size), operand=operand(name))
+        assert cold.is_cold(weight, tokens, most) == expected

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_gpu import RuntimeFault
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,14 +51,6 @@ def test_a_disturbance_while_the_clock_falls() -> None:
 
 def test_events_that_are_too_close_count_as_short() -> None:
     assert balanced([{"a": 0.0, "b": 1.0}])["a"] == pytest.approx(1e-6)
-
-
-class RuntimeFault(RuntimeError):
-    """CuPy's error of the CUDA runtime."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"status {status}")
-        self.status = status
 
 
 class Machine:

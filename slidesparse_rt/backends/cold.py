@@ -14,6 +14,7 @@ from ..kernels import catalog
 from ..kernels.launch import Launch
 from ..kernels.loader import kernels_of
 from .gpu_device import GpuDevice
+from .gpu_weight import GpuWeight
 
 __all__ = ["COLD_BYTES", "COLD_TOKENS", "cold_cache", "is_cold"]
 
@@ -29,9 +30,10 @@ _THREADS, _BLOCKS_PER_SM = 256, 8
 _ARGUMENTS = "Qq"
 
 
-def is_cold(tokens: int, weight_bytes: int, cold_tokens: int = COLD_TOKENS) -> bool:
-    """Whether a product of so many tokens and a dense weight of that size finds it in memory."""
-    return tokens <= cold_tokens and weight_bytes >= COLD_BYTES
+def is_cold(weight: GpuWeight, tokens: int, cold_tokens: int = COLD_TOKENS) -> bool:
+    """Whether a product of so many tokens finds its weight in memory, not in the cache."""
+    dense_bytes = weight.n * weight.k * weight.operand.bits // 8
+    return tokens <= cold_tokens and dense_bytes >= COLD_BYTES
 
 
 @contextlib.contextmanager

@@ -297,7 +297,7 @@ class DensePrepared(GpuPrepared):
         size = self.weight.operand.bits // 8
         width = 4 if direct is None else direct.bits // 8
         padded = round_up(tokens, self.token_multiple)
-        cold = is_cold(tokens, self.weight.n * self.weight.k * size)
+        cold = is_cold(self.weight, tokens)
         with (
             self.device.filled(padded * self.row_length * size, self.weight.operand, stream) as x,
             self.device.upload(np.ones(padded, np.float32), stream) as scales,

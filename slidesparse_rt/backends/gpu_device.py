@@ -36,7 +36,7 @@ def working_on(index: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cuda_errors(what: str) -> Iterator[None]:
+def cuda_errors(what: str, function: str = "") -> Iterator[None]:
     """Raise CuPy's errors as LibraryError, or DeviceMemoryError; ``what`` is what failed."""
     import cupy
 
@@ -44,7 +44,9 @@ def cuda_errors(what: str) -> Iterator[None]:
         yield
     except cupy.cuda.runtime.CUDARuntimeError as error:
         kind = DeviceMemoryError if error.status == _OUT_OF_MEMORY else LibraryError
-        raise kind(f"{what} failed: {error}", status=int(error.status)) from error
+        raise kind(
+            f"{what} failed: {error}", function=function, status=int(error.status)
+        ) from error
 
 
 class Buffer:
@@ -140,18 +142,12 @@ class GpuDevice:
     def allocate(self, nbytes: int) -> Buffer:
         """Allocate ``nbytes`` (at least 16); DeviceMemoryError where the device has not so much."""
         nbytes = max(16, nbytes)
-        runtime = self._cupy.cuda.runtime
         with working_on(self.index):
             try:
-                return Buffer(self._cupy.cuda.Memory(nbytes), nbytes, self.index)
-            except runtime.CUDARuntimeError as error:
-                if error.status != _OUT_OF_MEMORY:
-                    raise LibraryError(
-                        f"cudaMalloc({nbytes}) failed on cuda:{self.index}: {error}",
-                        function="cudaMalloc",
-                        status=int(error.status),
-                    ) from error
-                free, total = runtime.memGetInfo()
+                with cuda_errors(f"cudaMalloc({nbytes}) on cuda:{self.index}", "cudaMalloc"):
+                    return Buffer(self._cupy.cuda.Memory(nbytes), nbytes, self.index)
+            except DeviceMemoryError as error:
+                free, total = self._cupy.cuda.runtime.memGetInfo()
                 raise DeviceMemoryError(
                     f"cuda:{self.index} has no {nbytes:,} bytes left ({free:,} of {total:,} free); "
                     f"free memory (other libraries' caches too: torch.cuda.empty_cache(), "

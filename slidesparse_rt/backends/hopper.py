@@ -214,7 +214,7 @@ class HopperPrepared(GpuPrepared):
         rows = max(product.rows_read for product in products)
         counted = max(1, *(product.counters for product in products))
         size = operand.bits // 8
-        cold = is_cold(bucket, n * self.weight.k * size)
+        cold = is_cold(self.weight, bucket)
         with (
             device.filled(rows * self.row_length * size, operand, stream) as x,
             device.upload(np.ones(bucket, np.float32), stream) as scales,

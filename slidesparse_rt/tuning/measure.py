@@ -248,9 +248,7 @@ class _Bench:
             return self._times(graphs, self._empty if self._cold(tokens) else None)
 
     def _cold(self, tokens: int) -> bool:
-        weight = self._forms.weight
-        size = weight.n * weight.k * weight.operand.bits // 8
-        return is_cold(tokens, size, self._settings.cold_tokens)
+        return is_cold(self._forms.weight, tokens, self._settings.cold_tokens)
 
     def _each(self, names: Any, make: Callable[[str], Any]) -> dict[str, Any]:
         """What ``make`` returns for each backend; one that breaks is refused from now on."""
