@@ -17,7 +17,7 @@ from fake_gpu import Gpu, Memory, cold_cache
 import slidesparse_rt as ss
 from slidesparse_rt import device_adapters, gpu_bound, gpu_run
 from slidesparse_rt.arrays import Device
-from slidesparse_rt.backends import Problem, gpu_gemm, hopper, workspace
+from slidesparse_rt.backends import Problem, gpu_gemm, hopper, trial, workspace
 from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.kernels import launch
@@ -173,7 +173,7 @@ def make_machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(gpu_run, "gpu_device", lambda index: made.gpu)
     monkeypatch.setattr(GpuWeight, "slide", lambda *arguments: Memory(1))
     monkeypatch.setattr(GpuWeight, "drop_values", lambda self: None)
-    monkeypatch.setattr(hopper, "cold_cache", cold_cache)
+    monkeypatch.setattr(trial, "cold_cache", cold_cache)
     monkeypatch.setattr(hopper, "launch_times", lambda *arguments, **options: {0: 1.0})
     for module in (gpu_run, gpu_bound, gpu_gemm):
         monkeypatch.setattr(module, "working_on", made.relaxing)

@@ -11,7 +11,7 @@ from fake_gpu import Gpu, Memory, cold_cache
 from hopper_cases import DTYPES, OUT_TYPES, spec_of
 
 import slidesparse_rt as ss
-from slidesparse_rt.backends import Problem, cold, hopper
+from slidesparse_rt.backends import Problem, cold, hopper, trial
 from slidesparse_rt.backends.gpu_weight import GpuWeight
 from slidesparse_rt.backends.hopper import HopperBackend, HopperPrepared
 from slidesparse_rt.dtypes import array_type, operand
@@ -38,13 +38,16 @@ class Machine(SimpleNamespace):
     kernels: FakeKernels
     timed: list[dict[str, Any]]
     slid: list[tuple[int, int, int]]
+    quantized: list[tuple[int, ...]]
     dropped: int
     pick: int
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    made = Machine(gpu=Gpu(), kernels=FakeKernels(), timed=[], slid=[], dropped=0, pick=0)
+    made = Machine(
+        gpu=Gpu(), kernels=FakeKernels(), timed=[], slid=[], quantized=[], dropped=0, pick=0
+    )
     monkeypatch.setattr(hopper, "kernels_of", lambda index: {0: made.kernels}[index])
 
     def slide(self: GpuWeight, rows: int, pitch: int, stream: int) -> Memory:
@@ -53,6 +56,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def drop(self: GpuWeight) -> None:
         made.dropped += 1
+
+    def quantizer(self: HopperPrepared, kind: Any, stream: int) -> Any:
+        assert (kind.name, stream) == ("bfloat16", STREAM)
+        return lambda *arguments: made.quantized.append(arguments)
 
     def launch_times(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
         start = len(made.kernels.cuda.launches)
@@ -73,8 +80,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     monkeypatch.setattr(GpuWeight, "slide", slide)
     monkeypatch.setattr(GpuWeight, "drop_values", drop)
+    monkeypatch.setattr(HopperPrepared, "quantizer", quantizer)
     monkeypatch.setattr(hopper, "launch_times", launch_times)
-    monkeypatch.setattr(hopper, "cold_cache", cold_cache)
+    monkeypatch.setattr(trial, "cold_cache", cold_cache)
     monkeypatch.setattr(cold, "COLD_BYTES", 0)  # as if weights were large ones
     monkeypatch.setattr(Memory, "held", set())
     return made
@@ -227,14 +235,17 @@ def test_formats_without_scales_get_none(machine: Machine, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket", "empties"),
+    ("tokens", "bucket", "few"),
     [
         *((1, 16, True), (16, 16, True), (17, 32, True), (512, 512, True)),
         *((513, 768, False), (16_384, 16_384, False), (70_000, 32_768, False)),
     ],
 )
-def test_what_is_timed(machine: Machine, tokens: int, bucket: int, empties: bool) -> None:
-    """Every promising configuration, for the bucket; where tokens are few, with a cold cache."""
+def test_what_is_timed(machine: Machine, tokens: int, bucket: int, few: bool) -> None:
+    """Every promising configuration, for the bucket.
+
+    Where tokens are few, each behind the quantize kernel, and with a cold cache.
+    """
     made = prepared(machine)
     held = len(Memory.held)
     made.make_product(tokens, array_type("bfloat16"), STREAM)
@@ -245,7 +256,8 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, empties: bool
     used = {spec for spec, _ in machine.kernels.loaded[loaded:]}
     assert used <= ahead == {spec_of(config, "int8", "bfloat16") for config in promising}
     assert timed["stream"] == STREAM
-    assert timed["emptied"] == ([("emptied", STREAM)] if empties else [])
+    assert timed["emptied"] == ([("emptied", STREAM)] if few else [])
+    assert len(machine.quantized) == (len(promising) if few else 0)
     assert len(timed["launches"]) == len(promising)
     places = set()
     for launch, config in zip(timed["launches"], promising, strict=True):
@@ -260,12 +272,17 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, empties: bool
         places.add((launch["values"][0], *launch["values"][4:8:3]))
     # One result and one row of counters for all, and nothing kept afterwards.
     assert len(places) == 1
-    assert timed["held"] == held + 5 + empties
+    assert timed["held"] == held + 5 + 2 * few  # inputs, and what empties the cache
     assert len(Memory.held) == held
     ones, zeros = (done[2] for done in machine.gpu.done if done[0] == "upload")
     assert ones.tolist() == [1.0] * bucket
     assert not zeros.any()
     assert zeros.size >= max(cut_of(config, made, bucket).counters for config in promising)
+    for _, stride, x, token_scales, *others, x_scale in machine.quantized:
+        multiplied = {launch["values"][1] for launch in timed["launches"]}
+        assert {token_scales} == multiplied
+        assert (stride, others, x_scale) == (K, [bucket, bucket, STREAM], 0)
+        assert x
 
 
 def test_between_buckets_rounds_of_tiles_decide(

@@ -11,11 +11,8 @@ fastest is kept for the device.
 from __future__ import annotations
 
 import ctypes
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
 
 from ..dtypes import ArrayType
 from ..errors import BackendUnavailable, DeviceMemoryError, LibraryError
@@ -45,12 +42,12 @@ from ..options import PlanOptions
 from ..pattern import Pattern
 from .base import Problem, Support
 from .buckets import token_bucket
-from .cold import cold_cache, is_cold
 from .gpu_device import Buffer, GpuDevice, working_on
 from .gpu_gemm import GpuBackend, GpuPrepared, refused_format, round_up
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
 from .timing import fastest
+from .trial import trial
 
 __all__ = ["DenseBackend"]
 
@@ -294,31 +291,12 @@ class DensePrepared(GpuPrepared):
     ) -> Candidate:
         if len(found) == 1:
             return found[0]
-        size = self.weight.operand.bits // 8
+        products = [
+            self._product(Matmul(handle, descriptor, layouts, candidate), direct)
+            for candidate in found
+        ]
         width = 4 if direct is None else direct.bits // 8
-        padded = round_up(tokens, self.token_multiple)
-        cold = is_cold(self.weight, tokens)
-        with (
-            self.device.filled(padded * self.row_length * size, self.weight.operand, stream) as x,
-            self.device.upload(np.ones(padded, np.float32), stream) as scales,
-            self.device.allocate(padded * self.padded_n * width) as target,
-            self.device.allocate(_SCRATCH_BYTES) as scratch,
-            cold_cache(self.device) if cold else nullcontext() as empty,
-        ):
-            runs = []
-            for candidate in found:
-                product = self._product(Matmul(handle, descriptor, layouts, candidate), direct)
-                runs.append(
-                    lambda stream, product=product: product.launch(
-                        x.pointer,
-                        scales.pointer,
-                        target.pointer,
-                        self.padded_n,
-                        scratch.pointer,
-                        0,
-                        stream,
-                    )
-                )
+        with trial(self, products, tokens, width, stream) as (runs, empty):
             return found[fastest(runs, stream, before=empty)]
 
 

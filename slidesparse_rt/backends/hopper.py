@@ -13,9 +13,6 @@ for each number of tokens of the bucket.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-
-import numpy as np
 
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
@@ -26,12 +23,12 @@ from ..kernels.loader import kernels_of
 from ..options import PlanOptions
 from .base import Problem, Support
 from .buckets import token_bucket
-from .cold import cold_cache, is_cold
 from .gpu_device import Buffer, GpuDevice
 from .gpu_gemm import GpuBackend, GpuPrepared, round_up
 from .gpu_step import Product
 from .gpu_weight import GpuWeight
 from .timing import launch_times
+from .trial import trial
 
 __all__ = ["HopperBackend"]
 
@@ -50,7 +47,6 @@ class _Product(Product):
         self.how = gemm.config.name
         self.scratch_bytes = gemm.tiling.partial_bytes
         self.rows_read = gemm.rows_read
-        self.counters = gemm.tiling.counters
         self._gemm = gemm
         self._weight = prepared.packed.pointer
         self._channel_scales = prepared.weight.scales
@@ -203,38 +199,15 @@ class HopperPrepared(GpuPrepared):
         return configurations(self.weight.n, self._slid_bytes, bucket, self.device.sm_count)
 
     def _timed(self, bucket: int, kind: ArrayType, stream: int) -> _Times:
-        device, operand, n = self.device, self.weight.operand, self.weight.n
+        operand = self.weight.operand
         promising = self._promising(bucket)
         if len(promising) == 1:
             return ((promising[0], 1.0),)
-        kernels_of(device.index).compile_ahead(
+        kernels_of(self.device.index).compile_ahead(
             {gemm_kernel(operand.name, kind.name, config) for config in promising}
         )
         products = [_Product(self, self._gemm(bucket, kind, config)) for config in promising]
-        rows = max(product.rows_read for product in products)
-        counted = max(1, *(product.counters for product in products))
-        size = operand.bits // 8
-        cold = is_cold(self.weight, bucket)
-        with (
-            device.filled(rows * self.row_length * size, operand, stream) as x,
-            device.upload(np.ones(bucket, np.float32), stream) as scales,
-            device.allocate(bucket * n * kind.bits // 8) as target,
-            device.allocate(max(product.scratch_bytes for product in products)) as partials,
-            device.upload(np.zeros(counted, np.int32), stream) as counters,
-            cold_cache(device) if cold else nullcontext() as empty,
-        ):
-            runs = [
-                lambda stream, product=product: product.launch(
-                    x.pointer,
-                    scales.pointer,
-                    target.pointer,
-                    n,
-                    partials.pointer,
-                    counters.pointer,
-                    stream,
-                )
-                for product in products
-            ]
+        with trial(self, products, bucket, kind.bits // 8, stream) as (runs, empty):
             times = launch_times(runs, stream, before=empty)
             return tuple((promising[index], found) for index, found in times.items())
 
