@@ -83,13 +83,33 @@ def test_the_later_measurement_of_a_case_counts(tmp_path):
     assert "| 64 | - | - | 1.30 / - | - |" in text
     assert "| 256 | - | - | 1.10 / -* | - |" in text
     assert "\\* measured at commit abcdef1, the others at fffffff." in text
-    # A line of a plot has no points of two commits.
-    (chart,) = charts.speed_charts(
-        [first, read(tmp_path, "c.json",
-                     [row("int8", m, "op", "burst", new) for m in (1, 16, 64)],
-                     time="2026-11-25T05:00:00+00:00", commit="1")]
+    text = markdown.ratios(rows, "hopper", "op", "burst")
+    assert "| int8 | 6:8 | 1.33 | 1.30 | 1.10* |" in text
+    assert text.endswith("\n\n\\* measured at commit abcdef1, the others at fffffff.")
+
+
+def test_a_line_of_a_plot_shows_which_points_are_of_an_older_commit(tmp_path):
+    def ops(dtype, tokens, ratio, **more):
+        return [row(dtype, m, "op", "burst", {"hopper": ratio}, **more) for m in tokens]
+
+    first = read(
+        tmp_path, "a.json",
+        [*ops("int8", (64, 256, 1024), 1.1), *ops("fp8_e4m3", (64, 256, 1024), 1.1)],
     )  # fmt: skip
-    assert chart.rows[0][0].lines[0].burst == ((1, 1.3), (16, 1.3), (64, 1.3))
+    later = read(tmp_path, "b.json", ops("int8", (1, 16, 64), 1.3),
+                 time="2026-11-25T05:00:00+00:00", commit="fffffff9")  # fmt: skip
+    for order in ([first, later], [later, first]):
+        (chart,) = charts.speed_charts(order)
+        (int8,), (fp8,) = (panel.lines for panel in chart.rows[0])
+        assert int8.burst == ((1, 1.3), (16, 1.3), (64, 1.3), (256, 1.1), (1024, 1.1))
+        assert int8.older == ((256, 1.1), (1024, 1.1))
+        # Another format has its own most recent commit.
+        assert fp8.burst == ((64, 1.1), (256, 1.1), (1024, 1.1))
+        assert fp8.older == ()
+        drawn = plots.draw(chart).decode()
+        assert "of an older commit" in drawn
+    (chart,) = charts.speed_charts([first])
+    assert "of an older commit" not in plots.draw(chart).decode()
 
 
 def test_sides_are_merged_apart_from_each_other(tmp_path):

@@ -173,7 +173,7 @@ def test_a_time_budget_is_shared(
     assert [list(row["us"]) for row in report["weights"]] == [
         ["1", "32768"],
         ["1", "32768"],
-        ["1"],
+        ["1", "32768"],
     ]
     assert report["unfinished"] == [f"8 x 16, 6:8, {name}" for name in ("int8", "bf16", "fp16")]
     _, out, _ = run("tune", 8, 16, "--dtype", "int8,bf16,fp16", "--time-budget", 1)

@@ -17,7 +17,7 @@ from slidesparse_rt import packing, plan
 from slidesparse_rt.cli import doctor, main
 from slidesparse_rt.cli.doctor import Gap, backend_refusal, cpu_path_problem, diagnose
 from slidesparse_rt.dtypes import OPERANDS, operand
-from slidesparse_rt.ffi.driver import DeviceInfo, DriverReport, probe
+from slidesparse_rt.ffi.driver import DeviceInfo, DriverReport, driver_release, probe
 from slidesparse_rt.ffi.libraries import LIBRARIES, Loaded, Missing, library
 
 UUID = uuid.UUID("3ac8c9c0-1e59-4bd5-9a3b-90d6a0a3f3a1")
@@ -91,6 +91,29 @@ def test_probe_describes_every_gpu():
         DeviceInfo(1, "NVIDIA Test 41", (9, 0), 132, 80 << 30, f"GPU-{UUID}"),
     )
     assert report.devices[0].architecture == "sm_90"
+
+
+@pytest.mark.parametrize(
+    ("text", "release"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Tue Nov  4 2026\n"
+            "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1)\n",
+            "580.159.04",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.54  Release Build",
+            "535.54",
+        ),
+        ("NVRM version: unknown", None),
+        (None, None),
+    ],
+)
+def test_the_release_of_the_driver(tmp_path, text, release):
+    path = tmp_path / "version"
+    if text is not None:
+        path.write_text(text)
+    assert driver_release(path) == release
 
 
 def test_probe_without_a_driver():

@@ -201,6 +201,21 @@ def test_without_a_home_nothing_is_kept(
     assert "no home folder" in caplog.text
 
 
+def test_a_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables = TableCache(tmp_path / "none")
+    assert tables.empty
+    assert caplog.text == ""
+
+    def closed(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache.os, "scandir", closed)
+    assert tables.empty
+    assert f"the measured times in {tables.folder} are ignored: Permission denied" in caplog.text
+
+
 def test_a_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from types import SimpleNamespace
@@ -85,7 +86,14 @@ def test_what_was_cut_short_goes_on(gpu_machine: Machine, monkeypatch: pytest.Mo
         with plan(tuning="measure") as made:
             assert made.timings is not None
             seen.append(tuple(made.timings))
-    assert seen == [(1,), (1, 32_768), (1, 128, 32_768), (1, 128, 512, 32_768)]
+    assert [len(tokens) for tokens in seen] == [2, 4, 6, 8]
+    assert seen[0] == (1, 32_768)
+    assert all(set(some) < set(more) for some, more in itertools.pairwise(seen))
+    with plan() as made:
+        assert (
+            f"tuning: 8 of {len(BUCKETS)} numbers of tokens are measured, up to 32,768; above that "
+            "runs what was fastest there, and tuning='measure' goes on"
+        ) in made.explain()
 
 
 @pytest.mark.parametrize(
@@ -164,8 +172,14 @@ def test_without_dense_its_memory_is_free(gpu_machine: Machine) -> None:
         assert made.backends == ("dense",)
         assert "keep_dense is False, but no other backend can run" in made.explain()
     gpu_machine.names = ("dense", "hopper")
-    with plan(tuning="heuristic", options=lean) as made:
-        assert made.backend == "hopper"
+    for tuning in ("heuristic", "cached"):
+        gpu_machine.names = ("dense", "hopper")
+        with plan(tuning=tuning, options=lean, dtype="bf16") as made:
+            assert made.backend == "hopper"
+        gpu_machine.names = ("dense",)
+        with plan(tuning=tuning, options=lean, dtype="bf16") as made:
+            assert made.backend == "dense"
+            assert "keep_dense is False, but no other backend can run" in made.explain()
 
 
 def test_explain_shows_choices_times_and_memory(gpu_machine: Machine) -> None:
@@ -280,9 +294,10 @@ def test_errors_give_all_memory_back(gpu_machine: Machine, monkeypatch: pytest.M
     assert Memory.held == set()
     with plan(tuning="measure"):
         pass
-    # A form that was measured can no longer be packed: nothing takes its place in silence.
-    gpu_machine.unpackable = {"dense": ss.LibraryError("not any more")}
-    with pytest.raises(ss.LibraryError, match="not any more"):
+    gpu_machine.unpackable = {
+        name: ss.LibraryError(f"not any more: {name}") for name in ("dense", "cusparselt", "hopper")
+    }
+    with pytest.raises(ss.LibraryError, match="not any more: dense"):
         plan()
     assert Memory.held == set()
     gpu_machine.unpackable = {}
@@ -294,6 +309,89 @@ def test_errors_give_all_memory_back(gpu_machine: Machine, monkeypatch: pytest.M
     with pytest.raises(ss.DeviceError, match="no runner"):
         plan()
     assert Memory.held == set()
+
+
+@pytest.mark.parametrize("error", [ss.DeviceMemoryError("full\nof x"), ss.LibraryError("full")])
+@pytest.mark.parametrize(("missing", "runs"), [("dense", "hopper"), ("hopper", "dense")])
+def test_where_forms_cannot_be_held_together_the_best_alone_runs(
+    gpu_machine: Machine,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    missing: str,
+    runs: str,
+) -> None:
+    """Kept times make no plan fail, and nothing takes the place of a form in silence."""
+    with plan(tuning="measure") as made:
+        assert made.backends == ("dense", "hopper")
+    assert Memory.held == set()
+    gpu_machine.unpackable = {missing: error}
+    for tuning in ("cached", "measure"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), plan(tuning=tuning) as made:
+            assert made.backends == (runs,)
+            assert made.nbytes == PACKED[runs] + SCALES
+            assert "tuning: dense and hopper would run, but full\n" in made.explain()
+            made.run(x_of(3))
+            assert gpu_machine.ran()[-1] == (runs, 3)
+        assert "dense and hopper cannot be packed as measured times say: full" in caplog.text
+        assert Memory.held == set()
+    gpu_machine.unpackable["cusparselt"] = gpu_machine.unpackable[runs] = error
+    with pytest.raises(type(error), match="full"):
+        plan()
+    assert Memory.held == set()
+
+
+def test_without_dense_it_does_not_come_back_where_another_cannot_be_packed(
+    gpu_machine: Machine,
+) -> None:
+    with plan(tuning="measure"):
+        pass
+    gpu_machine.unpackable = {"hopper": ss.LibraryError("no")}
+    with plan(options=ss.PlanOptions(keep_dense=False)) as made:
+        assert made.backends == ("cusparselt",)
+
+
+def test_what_failed_once_says_how_it_is_tried_again(gpu_machine: Machine) -> None:
+    gpu_machine.unpackable = {"hopper": ss.LibraryError("for once")}
+    hint = "tuning: `slidesparse tune --again` tries again what failed"
+    with plan(tuning="measure") as made:
+        assert "refused hopper: it failed: for once" in made.explain()
+        assert hint in made.explain()
+    gpu_machine.unpackable = {}
+    with plan(tuning="measure", dtype="bf16") as made:
+        assert hint not in made.explain()
+
+
+def test_times_with_another_cold_cache_are_not_lost(gpu_machine: Machine) -> None:
+    def tune(**arguments: Any) -> Any:
+        again = arguments.pop("again", False)
+        made = select.tune(
+            ss.SparseWeight.from_array(WEIGHT, "6:8", dtype="int8"),
+            None,
+            Problem(N, K, ss.Pattern.parse("6:8"), operand("int8")),
+            ss.plan.Device("cuda"),
+            ss.PlanOptions(),
+            None,
+            MeasureOptions(**arguments),
+            cache=gpu_machine.tables,
+            again=again,
+        )
+        if made.forms is not None:
+            made.forms.close()
+        return made.table
+
+    assert tune(most_tokens=64, cold_tokens=32).cold_tokens == 32
+    with pytest.raises(ss.OptionError, match="cold_tokens is 0, but times are kept for 4 numbers"):
+        tune(most_tokens=16, cold_tokens=0)
+    # What is not asked for goes by what is kept: a plan that measures goes on.
+    assert tune(most_tokens=128).cold_tokens == 32
+    with plan(tuning="measure") as made:
+        assert made.timings is not None
+        assert set(made.timings) == set(BUCKETS)
+    assert tune(most_tokens=16, cold_tokens=0, again=True).tokens == (1, 16)
+    with plan() as made:
+        assert "tuning: 2 of" in made.explain()
+        assert "up to 16; above that runs what was fastest there" in made.explain()
 
 
 def test_a_full_gpu_is_not_remembered(gpu_machine: Machine) -> None:
@@ -416,4 +514,9 @@ def test_the_rule_takes_dense_last_where_its_memory_is_to_be_saved(
     assert backends.choose("auto", problem, device).backend.module == "dense"  # type: ignore[attr-defined]
     lean = backends.choose("auto", problem, device, False)
     assert lean.backend.module == "cusparselt"  # type: ignore[attr-defined]
+    assert lean.refused == {"hopper": "no", "dense": "keep_dense is False"}
+    assert backends.choose("auto", problem, device).refused == {
+        "hopper": "no",
+        "cusparselt": "not tried: by rule dense goes first",
+    }
     assert _order(problem, ss.plan.CPU)[0][-1] == "reference"

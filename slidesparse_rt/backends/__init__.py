@@ -87,13 +87,19 @@ def choose(name: str, problem: Problem, device: Device, keep_dense: bool = True)
         wanted = sorted(wanted, key=_DENSE.__eq__)
     refused: dict[str, str] = {}
     chosen: Backend | None = None
+    first = ""
     for candidate in wanted:
+        if chosen is not None:
+            lean = candidate == _DENSE and not keep_dense
+            refused[candidate] = (
+                "keep_dense is False" if lean else f"not tried: by rule {first} goes first"
+            )
+            continue
         backend, why_not = _able(_row(candidate), problem, device)
         if backend is None:
             refused[candidate] = why_not
         else:
-            chosen = backend
-            break
+            chosen, first = backend, candidate
     if chosen is None:
         raise unavailable(name, problem, device, refused)
     return Choice(chosen, refused, why)

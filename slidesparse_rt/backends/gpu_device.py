@@ -15,6 +15,7 @@ import numpy as np
 from ..device_arrays import cuda_runtime, on_device
 from ..dtypes import Operand
 from ..errors import DeviceMemoryError, LibraryError
+from ..ffi.driver import driver_release
 from ..kernels.loader import relaxed_capture
 from ..packing.quantize import quantize_tokens
 
@@ -126,7 +127,9 @@ class GpuDevice:
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self.name: str = properties["name"].decode()
         self.capability: tuple[int, int] = (properties["major"], properties["minor"])
-        self.driver_version = str(cupy.cuda.runtime.driverGetVersion())
+        version, release = str(cupy.cuda.runtime.driverGetVersion()), driver_release()
+        #: The newest CUDA that the driver runs, and its release where the system tells it.
+        self.driver_version = version if release is None else f"{version}, {release}"
         self.sm_count: int = properties["multiProcessorCount"]
         self.memory_bytes: int = properties["totalGlobalMem"]
         #: Bytes of the level-2 cache.

@@ -171,7 +171,7 @@ def promises(rows: Iterable[Mapping[str, Any]]) -> list[Promise]:
 def noise(rows: Iterable[Mapping[str, Any]]) -> str:
     """How auto compares with the backend that it ran in every layer, for people; "" without rows.
 
-    These are the same kernels on the same numbers at other addresses: what a measurement is worth.
+    These are the same kernels on the same numbers at other addresses, not a choice that was wrong.
     """
     found = [
         row["us"][alone] / row["us"][AUTO]
@@ -182,7 +182,8 @@ def noise(rows: Iterable[Mapping[str, Any]]) -> str:
         return ""
     return (
         f"auto is {min(found):.3f} to {max(found):.3f} x as fast as the backend that it ran in "
-        f"every layer, measured beside it ({len(found)} cases): the same kernels, so that is noise"
+        f"every layer, measured beside it ({len(found)} cases, not counted above: the same kernels "
+        "at other addresses)"
     )
 
 

@@ -279,11 +279,13 @@ def tune(
         int, typer.Option(help="The largest number of tokens: 1, 16, 32, ... 32768.")
     ] = 32768,
     cold_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            min=0, help="Empty the level-2 cache before each run up to so many tokens; 0: never."
+            min=0,
+            help="Empty the level-2 cache before each run up to so many tokens; 0: never. If not "
+            "given: 512, or as for what is kept.",
         ),
-    ] = 512,
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(min=1, help="Runs of each backend; as many as take 40 ms if not given."),

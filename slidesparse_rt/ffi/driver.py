@@ -7,14 +7,19 @@ costs no device memory.  Source of names and numbers: cuda.h (``CUresult``, ``CU
 from __future__ import annotations
 
 import ctypes
+import re
 import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import LibraryError
 from .libraries import Loaded, Missing, find, version_text
 
-__all__ = ["DeviceInfo", "DriverReport", "probe"]
+__all__ = ["DeviceInfo", "DriverReport", "driver_release", "probe"]
+
+#: Where the kernel module of Linux says which one it is.
+_RELEASE = Path("/proc/driver/nvidia/version")
 
 # CUdevice_attribute
 _SM_COUNT = 16
@@ -119,6 +124,19 @@ def _describe(calls: _Calls, index: int) -> DeviceInfo:
         memory_bytes=memory.value,
         uuid=f"GPU-{uuid.UUID(bytes=identity.raw)}",
     )
+
+
+def driver_release(path: Path = _RELEASE) -> str | None:
+    """The driver's release, such as "580.159.04"; ``None`` where the system does not tell.
+
+    :attr:`DriverReport.driver_version` is the same for many releases.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text)
+    return None if found is None else found[0]
 
 
 class _Calls:

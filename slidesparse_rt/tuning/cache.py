@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,9 +137,15 @@ class TableCache:
     @property
     def empty(self) -> bool:
         """Whether there is no table at all; costs one look into the folder."""
+        if self.folder is None:
+            return True
         try:
-            return self.folder is None or next(self.folder.glob("*.json"), None) is None
-        except OSError:
+            with os.scandir(self.folder) as entries:
+                return not any(entry.name.endswith(".json") for entry in entries)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            _LOG.warning("the measured times in %s are ignored: %s", self.folder, error.strerror)
             return True
 
     def path(self, key: Mapping[str, Any]) -> Path | None:

@@ -28,7 +28,7 @@ from ..backends.timing import balanced, captured, repeats_of, shuffled_rounds
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
 from ..errors import DeviceMemoryError, OptionError
-from .table import BUCKETS, Table, buckets_up_to, coarse_first
+from .table import BUCKETS, FAILED, Table, buckets_up_to, coarse_first
 
 __all__ = ["MeasureOptions", "Progress", "measure"]
 
@@ -50,6 +50,9 @@ _WARM_US, _START_US, _MOST_WARM = 3_000.0, 50_000.0, 5_000
 #: what power allows, and for some 60 ms what comes next runs at these, some of it much slower.
 _RECOVERY_S, _READS = 0.1, 100
 _FIRST = 3
+#: Numbers of tokens that are measured whatever the time: times of few tokens alone would decide for
+#: many, and the first two are the smallest and the largest.
+_LEAST = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,23 +65,24 @@ class MeasureOptions:
         The largest number of tokens, one of 1, 16, 32, 64, ... 32768.
     cold_tokens:
         Up to so many tokens the level-2 cache is emptied before each replay, for weights of
-        :data:`~slidesparse_rt.backends.cold.COLD_BYTES` and more; 0: never.
+        :data:`~slidesparse_rt.backends.cold.COLD_BYTES` and more; 0: never; ``None``: as times that
+        are kept were taken, or :data:`~slidesparse_rt.backends.cold.COLD_TOKENS`.
     rounds:
         Replays of each backend that are timed; ``None``: 7 to 41, as many as take 40 ms.
     seconds:
-        After so long no further number of tokens is begun, but one is always measured; ``None``:
-        any time.
+        After so long no further number of tokens is begun, but the smallest and the largest are
+        always measured; ``None``: any time.
     """
 
     most_tokens: int = BUCKETS[-1]
-    cold_tokens: int = COLD_TOKENS
+    cold_tokens: int | None = None
     rounds: int | None = None
     seconds: float | None = None
 
     def __post_init__(self) -> None:
         buckets_up_to(self.most_tokens)
         for name, value, least in (
-            ("cold_tokens", self.cold_tokens, 0),
+            ("cold_tokens", COLD_TOKENS if self.cold_tokens is None else self.cold_tokens, 0),
             ("rounds", 1 if self.rounds is None else self.rounds, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -92,6 +96,11 @@ class MeasureOptions:
     def buckets(self) -> tuple[int, ...]:
         """The numbers of tokens to measure."""
         return buckets_up_to(self.most_tokens)
+
+    @property
+    def emptied_up_to(self) -> int:
+        """``cold_tokens``, or what it is where nothing is kept."""
+        return COLD_TOKENS if self.cold_tokens is None else self.cold_tokens
 
 
 def measure(
@@ -197,7 +206,8 @@ class _Bench:
         memory: DeviceMemoryError | None = None
         order = [m for m in coarse_first(self._settings.buckets) if m in self._buckets]
         for done, tokens in enumerate(order):
-            if found and seconds is not None and time.monotonic() - started >= seconds:
+            spent = seconds is not None and time.monotonic() - started >= seconds
+            if spent and len(found) >= _LEAST:
                 break
             if progress is not None:
                 progress(f"{self._n} x {self._k}, M = {tokens}", done, len(self._buckets))
@@ -220,7 +230,7 @@ class _Bench:
                 for tokens, row in found.items()
             },
             self._refused,
-            self._settings.cold_tokens,
+            self._settings.emptied_up_to,
             now.isoformat(timespec="seconds"),
         )
 
@@ -248,7 +258,7 @@ class _Bench:
             return self._times(graphs, self._empty if self._cold(tokens) else None)
 
     def _cold(self, tokens: int) -> bool:
-        return is_cold(self._forms.weight, tokens, self._settings.cold_tokens)
+        return is_cold(self._forms.weight, tokens, self._settings.emptied_up_to)
 
     def _each(self, names: Any, make: Callable[[str], Any]) -> dict[str, Any]:
         """What ``make`` returns for each backend; one that breaks is refused from now on."""
@@ -349,7 +359,7 @@ class _Bench:
 
 
 def _words(error: Exception) -> str:
-    return f"it failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"{FAILED}{str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
 def _skipped(tokens: int, error: Exception) -> None:

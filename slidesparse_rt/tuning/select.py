@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ..errors import DeviceMemoryError, OptionError
 from ..options import PlanOptions
 from ..packing.weight import SparseWeight
 from .cache import TableCache, bias_kind, default_cache, tuning_key
-from .table import DENSE, Dispatch, Table
+from .table import BUCKETS, DENSE, FAILED, Dispatch, Table
 
 if TYPE_CHECKING:
     from ..backends.gpu_forms import GpuForms
@@ -34,6 +34,7 @@ TUNINGS = ("cached", "measure", "heuristic")
 _PLAN_SECONDS = 30.0
 #: The workspace limit that `slidesparse tune` measures with.
 _COMMON_LIMIT = PlanOptions().workspace_limit
+_ONLY_DENSE = "keep_dense is False, but no other backend can run this weight here"
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,22 @@ def select(
     DeviceMemoryError, LibraryError, BackendUnavailable, CompileError
         If a backend that was chosen cannot prepare it; nothing stays allocated.
     """
-    hints: tuple[str, ...] = ()
+    hints: list[str] = []
     if asked == "auto" and device.kind == "cuda" and not options.fuse_channel_scales:
         found = None
         if tuning == "measure":
             found = _measured(source, bias, problem, device, options, x_scale)
         elif tuning == "cached":
             found = _kept(source, bias, problem, device, options, x_scale)
-            hints = (_advice(problem, bias, options, x_scale),)
+            hints.append(_advice(problem, bias, options, x_scale))
         if found is not None:
             return found
+    if not options.keep_dense and choice.backend.name == DENSE:
+        hints.append(_ONLY_DENSE)
     prepared = choice.backend.prepare(source, bias, device, options, x_scale=x_scale)
-    return Selected(prepared, (choice.backend.name,), choice.why, choice.refused, hints=hints)
+    return Selected(
+        prepared, (choice.backend.name,), choice.why, choice.refused, hints=tuple(hints)
+    )
 
 
 def tune(
@@ -207,6 +212,9 @@ def tune(
     ------
     BackendUnavailable
         If no backend supports the weight.
+    OptionError
+        Where times are kept that were taken with another ``cold_tokens`` than ``settings`` ask for,
+        unless ``again``.
     PatternError, NonFiniteError, ShapeError, DTypeError, ArrayError, DeviceError
         If the weight is not as described.
     DeviceMemoryError, LibraryError, CompileError
@@ -222,8 +230,14 @@ def tune(
         raise unavailable("auto", problem, device, refused)
     key = _key(bias, problem, device, options, x_scale)
     older = None if again else cache.load(key)
-    if older is not None and older.cold_tokens != settings.cold_tokens:
-        older = None
+    if older is not None and settings.cold_tokens not in (None, older.cold_tokens):
+        raise OptionError(
+            f"cold_tokens is {settings.cold_tokens}, but times are kept for "
+            f"{len(older.tokens)} numbers of tokens that were taken with {older.cold_tokens}; "
+            f"leave cold_tokens out, or measure all again (again=True, `slidesparse tune --again`)"
+        )
+    if older is not None:
+        settings = replace(settings, cold_tokens=older.cold_tokens)
     known = () if older is None else older.tokens
     missing = [tokens for tokens in settings.buckets if tokens not in known]
     if older is not None and not missing:
@@ -349,19 +363,41 @@ def _packed(
     options: PlanOptions,
     x_scale: np.float32 | None,
 ) -> Selected:
-    """The weight in the forms that a table chooses among those that can run."""
-    from ..backends.gpu_forms import pack_forms
+    """The weight in the forms that a table chooses among those that can run.
 
-    dispatch = table.dispatch(keep_dense=options.keep_dense, able=backends)
-    forms = pack_forms(
-        [backends[name] for name in dispatch.backends],
-        source,
-        bias,
-        device,
-        options,
-        x_scale=x_scale,
-    )
-    return _selected(forms, table, dispatch, options, where, refused)
+    Where these cannot be held together, or one cannot be packed, the best alone that can.
+    """
+    from ..backends.gpu_forms import BROKEN, pack_forms
+
+    wanted = table.dispatch(keep_dense=options.keep_dense, able=backends)
+    names = [name for name in backends if name != DENSE or options.keep_dense] or list(backends)
+    alone = [table.dispatch(able=[name]) for name in table.ranked(names)]
+    failed: Exception | None = None
+    for dispatch in dict.fromkeys((wanted, *alone)):
+        try:
+            forms = pack_forms(
+                [backends[name] for name in dispatch.backends],
+                source,
+                bias,
+                device,
+                options,
+                x_scale=x_scale,
+            )
+        except BROKEN as error:
+            _LOG.warning(
+                "%s cannot be packed as measured times say: %s",
+                " and ".join(dispatch.backends),
+                error,
+            )
+            failed = failed or error
+        else:
+            made = _selected(forms, table, dispatch, options, where, refused)
+            if failed is None:
+                return made
+            hint = f"tuning: {' and '.join(wanted.backends)} would run, but {_first_line(failed)}"
+            return replace(made, hints=(*made.hints, hint))
+    assert failed is not None  # there is one dispatch at least
+    raise failed
 
 
 def _selected(
@@ -374,6 +410,14 @@ def _selected(
 ) -> Selected:
     others = {**table.refused, **refused}
     hints = [f"tuning: {where}"]
+    if set(BUCKETS) - set(table.tokens):
+        hints.append(
+            f"tuning: {len(table.tokens)} of {len(BUCKETS)} numbers of tokens are measured, up to "
+            f"{table.tokens[-1]:,}; above that runs what was fastest there, and tuning='measure' "
+            "goes on"
+        )
+    if any(why.startswith(FAILED) for why in table.refused.values()):
+        hints.append("tuning: `slidesparse tune --again` tries again what failed")
     for name in table.backends:
         if name in dispatch.backends or name in others:
             continue
@@ -385,7 +429,7 @@ def _selected(
         else:
             others[name] = f"measured, and at most {ratio:.3f} x as fast as what runs"
     if not options.keep_dense and DENSE in dispatch.backends:
-        hints.append("keep_dense is False, but no other backend can run this weight here")
+        hints.append(_ONLY_DENSE)
     return Selected(
         forms,
         dispatch.backends,
@@ -395,6 +439,10 @@ def _selected(
         table,
         tuple(hints),
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _choices(dispatch: Dispatch, table: Table) -> list[str]:

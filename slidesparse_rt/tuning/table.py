@@ -16,7 +16,7 @@ from ..backends.buckets import TOKEN_BUCKETS
 from ..backends.cold import COLD_TOKENS
 from ..errors import OptionError
 
-__all__ = ["BUCKETS", "DENSE", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
+__all__ = ["BUCKETS", "DENSE", "FAILED", "Dispatch", "Table", "buckets_up_to", "coarse_first"]
 
 #: Numbers of tokens that fill no tile of the libraries: their products may be slower than for the
 #: next one that does, and times are no straight lines between those.
@@ -26,6 +26,8 @@ _PARTIAL = (120, 184, 208, 248, 328, 456, 648, 904, 1288, 1800)
 BUCKETS = tuple(sorted((1, *TOKEN_BUCKETS, *_PARTIAL)))
 #: The backend that uses no zeros.
 DENSE = "dense"
+#: How the reason begins for which a backend that could run is not measured.
+FAILED = "it failed: "
 #: Up to so many tokens a product takes as long as the bucket above: tiles are as large as that, and
 #: tokens that are missing in one save nothing.  Larger products have many tiles.
 _WHOLE_TILES = 256
@@ -207,6 +209,17 @@ class Table:
                 starts.append(point)
                 winners.append(winner)
         return Dispatch(tuple(starts), tuple(winners))
+
+    def ranked(self, names: Iterable[str]) -> list[str]:
+        """The backends ``names``, that first which alone is nowhere far behind the fastest."""
+        best = {tokens: min(row.values()) for tokens, row in self.times.items()}
+        return sorted(
+            names,
+            key=lambda name: (
+                max(row[name] / best[tokens] for tokens, row in self.times.items()),
+                _rank(name),
+            ),
+        )
 
     def merged(self, older: Table) -> Table:
         """Return this table with what only an older one has; this one where they do not fit."""

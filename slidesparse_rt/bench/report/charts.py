@@ -13,7 +13,7 @@ from typing import Any
 from ..pipeline import FLOOR
 from ..sides import AUTO, DENSE
 from .accuracy import METHODS, UNPRUNED, Costs, costs
-from .markdown import DTYPES, patterns_of, short
+from .markdown import DTYPES, MODES, newest_of, patterns_of, short
 from .passes import GOAL, GOAL_PATTERN, GOAL_TOKENS, PHASES, Group, groups
 from .results import Key, Measured, Result, merged, products, stages
 
@@ -48,12 +48,16 @@ _STAGES = {"gemm": "product alone", "op": "operator, bf16 in and out"}
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Speed over dense of one pattern: (M, ratio) in bursts and sustained, and the bound."""
+    """Speed over dense of one pattern: (M, ratio) in bursts and sustained, and the bound.
+
+    ``older`` are the bursts of another commit than the most recent one; (M, ratio) again.
+    """
 
     pattern: str
     bound: float
     burst: tuple[tuple[int, float], ...]
     sustained: tuple[tuple[int, float], ...]
+    older: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,18 +233,28 @@ def _speed(
 
 
 def _line(rows: Measured, side: str, pattern: str, dtype: str, stage: str) -> Line:
-    points: dict[str, list[tuple[int, float]]] = {"burst": [], "sustained": []}
-    bound = 0.0
-    for mode, found in points.items():
-        own = {k: case for k, case in rows.items() if (k.pattern, k.mode) == (pattern, mode)}
-        times = {str(case.result.document["time"]): case.result.commit for case in own.values()}
-        for key, case in sorted(own.items(), key=lambda item: item[0].m):
-            # Points of older commits would look like an effect of M; tables have them, with a star.
-            newest = case.result.commit == times[max(times)]
-            if (key.dtype, key.stage) == (dtype, stage) and newest:
-                found.append((key.m, float(case.row["ratio"][side])))
-                bound = float(case.row["bound"])
-    return Line(pattern, bound, tuple(points["burst"]), tuple(points["sustained"]))
+    own = sorted(
+        (
+            (key.m, key.mode, case)
+            for key, case in rows.items()
+            if (key.pattern, key.dtype, key.stage) == (pattern, dtype, stage)
+        ),
+        key=lambda found: found[:2],
+    )
+    points = {
+        mode: [(m, float(case.row["ratio"][side])) for m, of, case in own if of == mode]
+        for mode in MODES
+    }
+    bound = float(own[-1][2].row["bound"]) if own else 0.0
+    bursts = [case.result for _, mode, case in own if mode == "burst"]
+    newest = newest_of(case for _, mode, case in own if mode == "burst")
+    # Seen beside others they might look like an effect of M.
+    older = [
+        point
+        for point, result in zip(points["burst"], bursts, strict=True)
+        if result.commit != newest
+    ]
+    return Line(pattern, bound, tuple(points["burst"]), tuple(points["sustained"]), tuple(older))
 
 
 # --- stages ---------------------------------------------------------------------------------------

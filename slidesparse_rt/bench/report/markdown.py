@@ -102,7 +102,7 @@ def patterns_of(keys: Iterable[Key]) -> list[str]:
 def ratios(rows: Measured, side: str, stage: str, mode: str, value: str = "ratio") -> str:
     """Dense time over a side's, or its efficiency, by format, pattern and tokens.
 
-    "" where nothing was measured.
+    "" where nothing was measured.  Cells from another commit than the most recent one have a star.
     """
     fitting = {
         key: case
@@ -110,23 +110,54 @@ def ratios(rows: Measured, side: str, stage: str, mode: str, value: str = "ratio
         if (key.stage, key.mode) == (stage, mode) and side in (case.row.get(value) or ())
     }
     tokens = sorted({key.m for key in fitting})
+    newest, older = newest_of(fitting.values()), dict[str, None]()
     lines = []
     for dtype in DTYPES:
         for pattern in patterns_of(fitting):
             if value == "efficiency" and pattern == "2:4":
                 continue  # 1 by definition
             found = {
-                key.m: case.row
+                key.m: case
                 for key, case in fitting.items()
                 if (key.dtype, key.pattern) == (dtype, pattern)
             }
             if found:
-                bound = next(iter(found.values()))["bound"]
-                cells = [f"{found[m][value][side]:.2f}" if m in found else "-" for m in tokens]
+                bound = next(iter(found.values())).row["bound"]
+                cells = []
+                for m in tokens:
+                    if m not in found:
+                        cells.append("-")
+                        continue
+                    case = found[m]
+                    mark = _star(case, newest, older)
+                    cells.append(f"{case.row[value][side]:.2f}{mark}")
                 lines.append([dtype, pattern, f"{bound:.2f}", *cells])
     if not lines:
         return ""
-    return table(["type", "pattern", "bound", *(f"M={m}" for m in tokens)], lines)
+    made = table(["type", "pattern", "bound", *(f"M={m}" for m in tokens)], lines)
+    return f"{made}{_stars(newest, older)}"
+
+
+def newest_of(cases: Iterable[Case]) -> str:
+    """The commit of the most recent of the files that cases are from; "" without any."""
+    files = [case.result for case in cases]
+    if not files:
+        return ""
+    return max(files, key=lambda result: str(result.document["time"])).commit
+
+
+def _star(case: Case | None, newest: str, older: dict[str, None]) -> str:
+    """A star for a cell of another commit, which is added to ``older``."""
+    if case is None or case.result.commit == newest:
+        return ""
+    older[case.result.commit] = None
+    return "*"
+
+
+def _stars(newest: str, older: Iterable[str]) -> str:
+    """What the stars of a table mean; "" where it has none."""
+    names = ", ".join(older)
+    return f"\n\n\\* measured at commit {names}, the others at {newest}." if names else ""
 
 
 def _cell(case: Case | None, side: str, mark: str) -> str:
@@ -141,7 +172,7 @@ def _cell(case: Case | None, side: str, mark: str) -> str:
 def against_dense(rows: Measured, side: str, model: str, pattern: str) -> str:
     """One table, sustained figures first; "" where nothing was measured.
 
-    Cells from another commit than most recent one have a star.
+    Cells from another commit than the most recent one have a star.
     """
     fitting = {
         key: case
@@ -150,23 +181,20 @@ def against_dense(rows: Measured, side: str, model: str, pattern: str) -> str:
     }
     if not fitting:
         return ""
-    newest = max(fitting.values(), key=lambda case: str(case.result.document["time"])).result
+    newest, older = newest_of(fitting.values()), dict[str, None]()
     modes = [mode for mode in MODES if any(key.mode == mode for key in fitting)]
     columns = [(mode, stage, dtype) for mode in modes for stage, dtype in _COLUMNS]
     head = ["M", *(f"{mode} {SHORT[stage]} {SHORT[dtype]}" for mode, stage, dtype in columns)]
-    lines, older = [], dict[str, None]()
+    lines = []
     for m in sorted({key.m for key in fitting}):
         line = [str(m)]
         for mode, stage, dtype in columns:
             case = fitting.get(Key(model, pattern, dtype, m, stage, mode))
-            old = case is not None and case.result.commit != newest.commit
-            if case is not None and old:
-                older[case.result.commit] = None
-            line.append(_cell(case, side, "*" if old else ""))
+            line.append(_cell(case, side, _star(case, newest, older)))
         lines.append(line)
     bound = next(iter(fitting.values())).row["bound"]
-    star = f"\\* measured at commit {', '.join(older)}, the others at {newest.commit}.\n\n"
-    return f"{pattern}, at most {bound:.2f}:\n\n{table(head, lines)}\n\n{star if older else ''}"
+    made = table(head, lines)
+    return f"{pattern}, at most {bound:.2f}:\n\n{made}{_stars(newest, older)}\n\n"
 
 
 def _other_formats(rows: Measured, side: str, model: str) -> str:

@@ -147,6 +147,10 @@ def _speed(figure: Any, chart: SpeedChart) -> None:
         handles["sustained"] = Line2D(
             [], [], color=GREY, marker="o", markersize=8, fillstyle="none", linestyle="none"
         )
+    if any(line.older for row in chart.rows for panel in row for line in panel.lines):
+        handles["of an older commit"] = Line2D(
+            [], [], color=GREY, marker="o", markersize=4.5, markerfacecolor="white"
+        )
     figure.legend(
         handles.values(),
         handles.keys(),
@@ -189,6 +193,15 @@ def _speed_panel(
             linewidth=1.6,
         )
         handles[f"{line.pattern} (bound {line.bound:.2f})"] = handle
+        if line.older:
+            axes.plot(
+                *zip(*line.older, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=4.5,
+                markerfacecolor="white",
+                linestyle="none",
+            )
         if line.sustained:
             axes.plot(
                 *zip(*line.sustained, strict=True),
