@@ -39,6 +39,7 @@ class Machine(SimpleNamespace):
     timed: list[dict[str, Any]]
     slid: list[tuple[int, int, int]]
     quantized: list[tuple[int, ...]]
+    widths: list[int]
     dropped: int
     pick: int
 
@@ -46,7 +47,14 @@ class Machine(SimpleNamespace):
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine(
-        gpu=Gpu(), kernels=FakeKernels(), timed=[], slid=[], quantized=[], dropped=0, pick=0
+        gpu=Gpu(),
+        kernels=FakeKernels(),
+        timed=[],
+        slid=[],
+        quantized=[],
+        widths=[],
+        dropped=0,
+        pick=0,
     )
     monkeypatch.setattr(hopper, "kernels_of", lambda index: {0: made.kernels}[index])
 
@@ -60,6 +68,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def quantizer(self: HopperPrepared, kind: Any, stream: int) -> Any:
         assert (kind.name, stream) == ("bfloat16", STREAM)
         return lambda *arguments: made.quantized.append(arguments)
+
+    def recorded(made_for: Any, products: Any, tokens: int, width: int, stream: int) -> Any:
+        made.widths.append(width)
+        return trial.trial(made_for, products, tokens, width, stream)
 
     def launch_times(runs: Any, stream: int, *, before: Any = None) -> dict[int, float]:
         start = len(made.kernels.cuda.launches)
@@ -82,6 +94,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(GpuWeight, "drop_values", drop)
     monkeypatch.setattr(HopperPrepared, "quantizer", quantizer)
     monkeypatch.setattr(hopper, "launch_times", launch_times)
+    monkeypatch.setattr(hopper, "trial", recorded)
     monkeypatch.setattr(trial, "cold_cache", cold_cache)
     monkeypatch.setattr(cold, "COLD_BYTES", 0)  # as if weights were large ones
     monkeypatch.setattr(Memory, "held", set())
@@ -180,6 +193,7 @@ def test_a_choice_is_timed_once_for_a_device_shape_format_and_bucket(machine: Ma
         (first, 1024, float32),
         (prepared(machine, n=N + 1), 1024, bfloat16),
         (prepared(machine, k=K + 400), 1024, bfloat16),
+        (prepared(machine, pattern="2:4", k=6156), 1024, bfloat16),  # as many bytes as 6:8's
         (prepared(machine, dtype="fp8_e4m3"), 1024, bfloat16),
     ]
     for count, (made, tokens, kind) in enumerate(others):
@@ -272,6 +286,7 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, few: bool) ->
         places.add((launch["values"][0], *launch["values"][4:8:3]))
     # One result and one row of counters for all, and nothing kept afterwards.
     assert len(places) == 1
+    assert machine.widths == [2]
     assert timed["held"] == held + 5 + 2 * few  # inputs, and what empties the cache
     assert len(Memory.held) == held
     ones, zeros = (done[2] for done in machine.gpu.done if done[0] == "upload")
@@ -282,7 +297,7 @@ def test_what_is_timed(machine: Machine, tokens: int, bucket: int, few: bool) ->
         multiplied = {launch["values"][1] for launch in timed["launches"]}
         assert {token_scales} == multiplied
         assert (stride, others, x_scale) == (K, [bucket, bucket, STREAM], 0)
-        assert x
+        assert x != token_scales
 
 
 def test_between_buckets_rounds_of_tiles_decide(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -44,7 +45,8 @@ class Library:
         self.broken: Exception | None = None
         monkeypatch.setattr(dense.DensePrepared, "_described", lambda _, handle, m, direct: (m, m))
         monkeypatch.setattr(dense.DensePrepared, "_candidates", self._candidates)
-        monkeypatch.setattr(dense.DensePrepared, "_timed", self._timed)
+        monkeypatch.setattr(dense, "trial", self._trial)
+        monkeypatch.setattr(dense, "fastest", self._fastest)
         monkeypatch.setattr(dense, "check", self._check)
         monkeypatch.setattr(dense, "Matmul", lambda handle, m, layouts, found: (m, found.algorithm))
         monkeypatch.setattr(dense, "_Product", Product)
@@ -53,12 +55,20 @@ class Library:
         names = [b"first of %d" % m, b"best of %d" % m]
         return [SimpleNamespace(algorithm=name) for name in names] if self.proposes else []
 
-    def _timed(self, handle: Any, m: int, layouts: int, found: Any, tokens: int, *_: Any) -> Any:
+    @contextlib.contextmanager
+    def _trial(self, made: Any, products: Any, tokens: int, width: int, stream: int) -> Any:
         if self.broken:
             raise self.broken
-        assert tokens == m
+        assert [product.matmul for product in products] == [
+            (tokens, b"%s of %d" % (place, tokens)) for place in (b"first", b"best")
+        ]
+        assert width == (2 if products[0].direct else 4)
         self.timed.append(tokens)
-        return found[1]
+        yield ["first", "best"], "empties"
+
+    def _fastest(self, runs: Any, stream: int, *, before: Any) -> int:
+        assert (runs, before) == (["first", "best"], "empties")
+        return 1
 
     def _check(self, handle: Any, m: int, layouts: int, algorithm: bytes) -> Any:
         if self.refuses:
@@ -76,7 +86,7 @@ def prepared() -> Any:
     made.device = SimpleNamespace(lock=threading.RLock(), choices={})
     made.padded_n, made.row_length, made.token_multiple = 64, 128, 16
     made._fuses = True
-    made.weight = SimpleNamespace(operand=SimpleNamespace(name="int8"), bias=0)
+    made.weight = SimpleNamespace(operand=SimpleNamespace(name="int8"), bias=0, k=120, x_scale=0)
     return made
 
 
@@ -85,10 +95,14 @@ def test_dense_times_its_algorithms_for_the_bucket_whatever_comes_first(library:
     for tokens in (520, 768, 700):
         assert found(made, tokens, BF16) == ((tokens, b"best of 768"), True)
     assert library.timed == [768]
-    # Sums without a type of results are other products.
+    # Sums without a type of results are other products, and so are those of another weight.
     assert found(made, 768, None) == ((768, b"best of 768"), True)
     assert found(made, 769, BF16) == ((769, b"best of 1024"), True)
-    assert library.timed == [768, 768, 1024]
+    made.weight.k = 121
+    assert found(made, 769, BF16) == ((769, b"best of 1024"), True)
+    made.weight.x_scale = 0x500
+    assert found(made, 769, BF16) == ((769, b"best of 1024"), True)
+    assert library.timed == [768, 768, 1024, 1024, 1024]
     assert found(made, 10**6, BF16) == (
         (10**6, b"best of %d" % TOKEN_BUCKETS[-1]),
         True,

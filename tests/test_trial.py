@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_gpu import Gpu, Memory, cold_cache
 
@@ -64,7 +65,7 @@ class Prepared(SimpleNamespace):
             log=[],
             refuses=None,
         )
-        self.products = [Product(self.log, "a", 0, 0), Product(self.log, "b", 500, 70)]
+        self.products = [Product(self.log, "a", 500, 70), Product(self.log, "b", 0, 0)]
 
     def quantizer(self, kind: Any, stream: int) -> Any:
         if self.refuses:
@@ -86,7 +87,7 @@ def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("dtype", "size"), [("int8", 1), ("bf16", 2)])
 def test_few_tokens_are_quantized_before_each_product(dtype: str, size: int) -> None:
-    made = Prepared(dtype, x_scale=0x500)
+    made = Prepared(dtype)
     with made.trial(50) as (runs, empty):
         for run in (*runs, runs[0]):
             run(OTHER)
@@ -112,11 +113,39 @@ def test_few_tokens_are_quantized_before_each_product(dtype: str, size: int) -> 
     inputs, stride, x, scales, *others = first
     assert inputs
     assert stride == K
-    assert others == [50, 64, OTHER, 0x500]
+    assert others == [50, 64, OTHER, 0]
     assert product[:2] == (x, scales)
     assert product[3] == 112
     assert product[6] == OTHER
     assert len({inputs, *product[:3], *product[4:6]}) == 6
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3"])
+def test_one_scale_for_all_tokens_is_one_that_fits_the_inputs(dtype: str) -> None:
+    """The plan's own may make zeros of them, which would flatter, or cut them off."""
+    made = Prepared(dtype, x_scale=0x500)
+    with made.trial(50) as (runs, _):
+        runs[0](OTHER)
+        assert len(Memory.held) == 8
+    (_, quantized), _ = made.log
+    assert quantized[-1] not in (0, 0x500)
+    given = [done[1] for done in made.device.done if done[0] == "upload"][-1]
+    assert given.dtype == np.float32
+    row = operand(dtype)
+    assert row.q_max is not None
+    values = np.random.default_rng(0).standard_normal(1 << 16) / given
+    assert (np.abs(values) < 1).mean() < 0.05
+    assert (np.abs(values) > row.q_max).mean() < 0.001
+    assert Memory.held == set()
+
+
+def test_rows_are_those_of_the_tokens_where_none_are_read_after_them() -> None:
+    made = Prepared()
+    made.products = made.products[1:]
+    with made.trial(50) as (runs, _):
+        runs[0](OTHER)
+    assert made.device.sizes[0] == 64 * ROW_LENGTH
+    assert made.device.sizes[3] == 0
 
 
 def test_many_tokens_are_multiplied_alone_and_warm() -> None:

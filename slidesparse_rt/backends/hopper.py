@@ -169,8 +169,10 @@ class HopperPrepared(GpuPrepared):
         key = (
             "hopper",
             self.weight.n,
-            self._slid_bytes,
+            self.weight.k,
+            self.weight.pattern.name,
             self.weight.operand.name,
+            bool(self.weight.x_scale),
             kind.name,
             bucket,
         )

@@ -23,6 +23,9 @@ __all__ = ["trial"]
 
 #: Inputs that are quantized: what models compute in.
 _INPUTS = "bfloat16"
+#: Standard deviations of the inputs that the largest quantized value stands for, where one scale
+#: serves all tokens: the plan's own is for other inputs, and could make zeros of these.
+_SPREAD = 4.0
 
 
 @contextlib.contextmanager
@@ -89,11 +92,15 @@ def _quantizing(
     if tokens > COLD_TOKENS:
         yield None
         return
-    weight, kind = prepared.weight, array_type(_INPUTS)
+    device, weight, kind = prepared.device, prepared.weight, array_type(_INPUTS)
     quantize = prepared.quantizer(kind, stream)
     padded = round_up(tokens, prepared.token_multiple)
     nbytes = tokens * weight.k * kind.bits // 8
-    with prepared.device.filled(nbytes, operand("bf16"), stream) as inputs:
-        yield lambda stream: quantize(
-            inputs.pointer, weight.k, x, scales, tokens, padded, stream, weight.x_scale
-        )
+    with contextlib.ExitStack() as held:
+        inputs = held.enter_context(device.filled(nbytes, operand("bf16"), stream)).pointer
+        given = 0
+        if weight.x_scale:
+            assert weight.operand.q_max is not None  # others have no scales
+            scale = np.full(1, _SPREAD / weight.operand.q_max, np.float32)
+            given = held.enter_context(device.upload(scale, stream)).pointer
+        yield lambda stream: quantize(inputs, weight.k, x, scales, tokens, padded, stream, given)
