@@ -188,10 +188,16 @@ def products_of(gpu: str) -> Measured:
 def ratios_of(
     rows: Measured, m: int, mode: str, *, of: str = "op", model: str = "qwen2.5-7b", at: str = "6:8"
 ) -> list[str]:
-    """Of int8 and of fp8: products over dense of the format, operators over the better dense."""
+    """Of int8 and of fp8: products over dense of the format, operators over the better dense.
+
+    Of products also fp8 over the better dense.
+    """
     over = "ratio" if of == "gemm" else "ratio_best_8bit"
     keys = [Key(model, at, dtype, m, of, mode) for dtype in ("int8", "fp8_e4m3")]
-    return [f"{rows[key].row[over]['hopper']:.2f}" for key in keys]
+    found = [f"{rows[key].row[over]['hopper']:.2f}" for key in keys]
+    if of == "gemm":
+        found.append(f"{rows[keys[1]].row['ratio_best_8bit']['hopper']:.2f}")
+    return found
 
 
 def test_the_readme_quotes_the_performance_of_both_gpus() -> None:
