@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import bench_fakes
+import numpy as np
 import pytest
 from bench_fakes import BF16, TINY, FakePlan, measure
 from cli_helpers import leftovers
 
-from slidesparse_rt.bench import gemm, gemm_settings, record
-from slidesparse_rt.bench.record import Budget
+from slidesparse_rt.bench import checks, gemm, gemm_settings, record
+from slidesparse_rt.bench.record import Budget, WrongOutput
+from slidesparse_rt.dtypes import operand
 from slidesparse_rt.errors import (
     BackendUnavailable,
     DeviceMemoryError,
@@ -184,6 +186,52 @@ def test_gemm_refuses_wrong_outputs(gpu, plans, backend, dtype, stage):
     # What was right before is kept; the wrong stage has no row.
     assert [row["stage"] for row in result.rows] == ([] if stage == "gemm" else ["gemm"])
     assert any("not reported, wrong output" in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8_e4m3", "bf16"])
+def test_operators_that_differ_where_nothing_is_sampled_are_refused(gpu, plans, dtype):
+    """A tile of zeros, of which no token is among those that are compared with exact sums."""
+    tokens = 40
+    sampled = checks.sample(tokens, 8, seed=1)
+    (token,) = [token for token in range(tokens) if token not in sampled][:1]
+
+    def spoil(name, values):
+        if name == "hopper" and values.dtype == BF16 and len(values) == tokens:
+            values[token] = 0
+
+    plans.spoil = staticmethod(spoil)
+    result, _ = measure(
+        gpu,
+        gemm.GemmSettings(
+            **TINY | {"tokens": (tokens,), "stages": ("op",)},
+            dtypes=(dtype,),
+            patterns=("6:8",),
+            backends=("hopper", "cusparselt"),
+        ),
+    )
+    (entry,) = result.document["left_out"]
+    assert (entry["case"], entry["reason"]) == (f"tiny 6:8 {dtype} M=40 hopper", "wrong output")
+    assert entry["why"].startswith("hopper beside dense, qkv 128 x 64: ")
+    assert (
+        f" of 5120 {'differ' if dtype == 'int8' else 'are far apart'}, the first at (1, "
+        in (entry["why"])
+    )
+    # The others are measured without it.
+    (row,) = result.rows
+    assert set(row["us"]) == {"dense", "cusparselt"}
+
+
+def test_results_that_are_rounded_differently_are_alike() -> None:
+    row = operand("fp8_e4m3")
+    values = np.random.default_rng(0).standard_normal((5, 300)).astype(np.float32)
+    checks.check_alike((values * (1 + 2**-8)).astype(BF16), values.astype(BF16), row, "one")
+    for spoiled in (0, np.nan, np.inf):
+        wrong = values.copy()
+        wrong[3, 10:20] = spoiled
+        with pytest.raises(WrongOutput, match=r"one: \d+ of 1500 are far apart, the first at \(3"):
+            checks.check_alike(wrong, values, row, "one")
+    with pytest.raises(WrongOutput, match="far apart"):
+        checks.check_alike(values[::-1], values, row, "swapped")
 
 
 @pytest.mark.parametrize("backend", ["cusparselt", "dense"])

@@ -2,7 +2,8 @@
 
 The reference is NumPy on the operands as the definition quantizes them (docs/numerics.md): int8 has
 to agree to the bit; fp8, bf16 and fp16 within the bound of that page.  Outputs are poisoned before
-the run that is checked, so that what was never written is seen.
+the run that is checked, so that what was never written is seen.  What is not sampled is compared
+from side to side: a tile that is missing, stale or in the wrong place differs by its own size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from ..packing import quantize
 from ..packing.quantize import quantize_tokens
 from .record import WrongOutput
 
-__all__ = ["Exact", "check_bits", "check_poison", "check_result", "check_sums", "exact", "sample"]
+__all__ = [
+    "Exact",
+    "check_alike",
+    "check_bits",
+    "check_poison",
+    "check_result",
+    "check_sums",
+    "exact",
+    "sample",
+]
 
 #: Largest error of a tensor-core sum relative to the sum of the products' magnitudes
 #: (docs/numerics.md, measured): fp8 sums are kept in fewer bits than float32's.
@@ -26,6 +36,9 @@ _SUM_ERROR = {"int8": 0.0, "fp8_e4m3": 2.0**-10, "bf16": 2.0**-16, "fp16": 2.0**
 _ROUNDING = {"int32": 0.0, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 #: Share of a row that may look like poison by chance: int32 sums are -1 about once in 10^5.
 _POISON_SHARE = 0.01
+#: How far results of two sides may be apart, as a part of a token's root mean square: sums that are
+#: rounded differently are a hundredth of that apart, other numbers more than all of it.
+_APART = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +143,26 @@ def check_bits(found: NDArray, wanted: NDArray, what: str) -> float:
             f"{found[at]}, wanted {wanted[at]}"
         )
     return 0.0
+
+
+def check_alike(found: NDArray, other: NDArray, operand: Operand, what: str) -> None:
+    """Check that the results (T, N) of two sides are the same, int8's to the bit.
+
+    For the other formats that is a coarse check of many results; :func:`check_result` is the fine
+    one of few.  Raises WrongOutput.
+    """
+    if operand.name == "int8":
+        check_bits(found, other, what)
+        return
+    wide, wanted = found.astype(np.float32), other.astype(np.float32)
+    allowed = _APART * np.sqrt(np.mean(np.square(wanted), axis=1, keepdims=True))
+    far = ~(np.abs(wide - wanted) <= allowed)  # not a number is far, too
+    if far.any():
+        at = tuple(int(i) for i in np.argwhere(far)[0])
+        raise WrongOutput(
+            f"{what}: {int(far.sum())} of {far.size} are far apart, the first at {at}: "
+            f"{wide[at]:.9g} and {wanted[at]:.9g}"
+        )
 
 
 def check_poison(row: NDArray, what: str) -> None:

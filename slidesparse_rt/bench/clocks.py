@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 __all__ = ["Clocks", "mean"]
@@ -39,6 +40,7 @@ class Clocks:
         self._samples: list[tuple[float, dict[str, float]]] = []
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._read: Callable[[], dict[str, float]] | None = None
 
     @staticmethod
     def nothing() -> dict[str, float | None]:
@@ -61,7 +63,8 @@ class Clocks:
     def __enter__(self) -> Clocks:
         nvml, handle = _nvml(self._bus_id)
         if nvml is not None:
-            self._thread = threading.Thread(target=self._run, args=(nvml, handle), daemon=True)
+            self._read = partial(_sample, nvml, handle)
+            self._thread = threading.Thread(target=self._run, args=(self._read,), daemon=True)
             self._thread.start()
         return self
 
@@ -71,24 +74,33 @@ class Clocks:
             self._thread.join()
 
     def since(self, moment: float) -> dict[str, float | None]:
-        """Means of the samples from ``moment`` (time.monotonic) on."""
+        """Means of the samples from ``moment`` (time.monotonic) on.
+
+        What took less than the interval has none: then one is taken now, just after it.
+        """
         samples = [values for when, values in list(self._samples) if when >= moment]
+        if not samples and self._read is not None:
+            samples = [self._read()]
         return {key: mean([values.get(key) for values in samples]) for key in self.nothing()}
 
-    def _run(self, nvml: Any, handle: Any) -> None:
-        readers: dict[str, Callable[[], float]] = {
-            "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(
-                handle, nvml.NVML_TEMPERATURE_GPU
-            ),
-        }
+    def _run(self, read: Callable[[], dict[str, float]]) -> None:
         while not self._stop.wait(self._interval):
-            values = {}
-            for key, read in readers.items():
-                with contextlib.suppress(nvml.NVMLError):
-                    values[key] = float(read())
+            values = read()
             self._samples.append((time.monotonic(), values))
+
+
+def _sample(nvml: Any, handle: Any) -> dict[str, float]:
+    """What NVML tells now."""
+    readers: dict[str, Callable[[], float]] = {
+        "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+    }
+    values = {}
+    for key, read in readers.items():
+        with contextlib.suppress(nvml.NVMLError):
+            values[key] = float(read())
+    return values
 
 
 def _nvml(bus_id: str) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from ..arrays import NDArray
 from ..dtypes import Operand, array_type
 from ..errors import DeviceMemoryError
-from .checks import Exact, check_poison, check_result, check_sums, exact, sample
+from .checks import Exact, check_alike, check_poison, check_result, check_sums, exact, sample
 from .clocks import Clocks
 from .gemm_settings import GemmSettings
 from .record import FAILURES
@@ -23,6 +23,9 @@ __all__ = ["GemmCase", "sparse_sides"]
 
 #: Tokens and channels that are checked.
 _TOKENS, _CHANNELS = 8, 64
+#: Tokens at most of which all results of an operator are compared from side to side, and their
+#: bytes for each layer: reading them back takes a while.
+_MOST_ALIKE, _ALIKE_BYTES = 256, 8 << 20
 
 
 def sparse_sides(sides: Mapping[str, Any]) -> list[str]:
@@ -111,15 +114,22 @@ class GemmCase:
         works: dict[str, list[Work]] = {}
         whole: dict[str, Graph] = {}
         worst: dict[str, float] = {}
-        for name in list(self._sides):
+        first: tuple[str, list[NDArray]] | None = None
+        # Dense is compared with nothing: where another side differs, it is not dense that goes.
+        for name in sorted(self._sides, key=DENSE.__ne__):
             try:
                 made = self._works(name, stage, inputs, outputs)
                 graph = gpu.capture(_together([work.launch for work in made]))
                 worst[name] = self._check(name, graph, made, wanted)
+                if stage == "op":
+                    found = self._alike(name, made, first)
+                    first = first or (name, found)
             except FAILURES as error:
                 self._drop(name, error)
             else:
                 works[name], whole[name] = made, graph
+        works = {name: works[name] for name in self._sides}
+        whole = {name: whole[name] for name in self._sides}
         common: dict[str, Any] = {
             "stage": stage,
             "checked": {
@@ -134,22 +144,22 @@ class GemmCase:
                 if any(work.how for work in row)
             },
         }
-        found = burst(gpu, whole, rounds=settings.rounds, clocks=self._clocks)
+        times = burst(gpu, whole, rounds=settings.rounds, clocks=self._clocks)
         alone: dict[str, Any] = {}
         if settings.layer_times:
             alone["layer_us"] = self._by_layer(works)
         if stage == "op":
             alone["quantize_us"] = self._quantize_us(list(works), inputs, outputs)
-        yield self._row(found, "burst") | alone | common
+        yield self._row(times, "burst") | alone | common
         if settings.sustained:
-            found = sustained(
+            times = sustained(
                 gpu,
                 whole,
                 seconds=settings.seconds,
                 rounds=settings.sustained_rounds,
                 clocks=self._clocks,
             )
-            yield self._row(found, "sustained") | common
+            yield self._row(times, "sustained") | common
 
     def _works(
         self, name: str, stage: str, inputs: Sequence[Memory], outputs: Sequence[Memory]
@@ -264,6 +274,28 @@ class GemmCase:
             else:
                 worst = max(worst, check_sums(found, goal, what))
         return worst
+
+    def _alike(
+        self, name: str, works: Sequence[Work], first: tuple[str, list[NDArray]] | None
+    ) -> list[NDArray]:
+        """The results of operators, of many tokens; checked against those of the first side."""
+        found = []
+        for work in works:
+            output = work.output
+            dtype = _numpy_type(output.kind)
+            row_bytes = output.stride * dtype.itemsize
+            most = max(2, min(_MOST_ALIKE, _ALIKE_BYTES // row_bytes))
+            rows = [
+                self._gpu.read(output.pointer + token * row_bytes, dtype, output.columns)
+                for token in sample(self._tokens, most, seed=3)
+            ]
+            found.append(np.stack(rows))
+        if first is not None:
+            other, wanted = first
+            for layer, mine, theirs in zip(self._layers, found, wanted, strict=True):
+                what = f"{name} beside {other}, {layer.name} {layer.n} x {layer.k}"
+                check_alike(mine, theirs, self._operand, what)
+        return found
 
     def _read(self, output: Output, what: str, layer: Layer) -> NDArray:
         """The sampled tokens and channels of an output; its rows are looked through for poison."""

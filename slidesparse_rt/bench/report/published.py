@@ -170,7 +170,8 @@ def _quantize(published: Mapping[str, Any], results: Sequence[Result]) -> str:
 def _words(published: Mapping[str, Any], results: Sequence[Result]) -> str:
     """Figures that have no table."""
     text = "".join(
-        f"- {published[key]['source']}: {published[key]['words']}.\n" for key in ("host", "prefill")
+        f"- {published[key]['source']}: {published[key]['words']}.\n"
+        for key in ("dense", "dequantize", "host", "prefill")
     )
     rows = [
         row
