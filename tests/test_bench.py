@@ -138,7 +138,10 @@ class HostPlan:
 
     wrong = False
 
-    def __init__(self, weight, pattern, *, dtype, backend, device):
+    backends = ("dense", "hopper")
+
+    def __init__(self, weight, pattern, *, dtype, backend, device, tuning):
+        assert tuning == ("measure" if backend == "auto" else "cached")
         if (backend, dtype) == ("dense", "fp8_e4m3"):
             raise BackendUnavailable("no fp8 here")
         self.plan = plan_module.SparseGemmPlan(weight, pattern, dtype=dtype, device="cpu")
@@ -197,8 +200,8 @@ def test_overhead_measures_plans_and_pytorch(gpu):
     assert calls[3][2] == "SparseGemmPlan.bind graph=True, each call"
     assert calls[-2] == ("driver", "any", "cuLaunchKernelEx")
     assert calls[-1] == ("torch", "bf16", "torch.mm")
-    chosen = [row["ran"] for row in result.rows if row["backend"] == "auto"]
-    assert chosen == ["dense"] * 12
+    chosen = [(row["ran"], row["forms"]) for row in result.rows if row["backend"] == "auto"]
+    assert chosen == [("dense", ["dense", "hopper"])] * 12
     assert all("ran" not in row for row in result.rows if row["backend"] != "auto")
     assert [entry["case"] for entry in result.document["left_out"]] == [
         "dense fp8_e4m3",

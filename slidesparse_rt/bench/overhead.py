@@ -65,7 +65,8 @@ class OverheadSettings:
     backends, dtypes, pattern:
         Of the plans.
     auto:
-        Whether plans with ``backend="auto"`` are measured too.
+        Whether plans with ``backend="auto"`` are measured too, tuned, so that they find what runs
+        for so many tokens as plans of users do.
     m, n, k:
         The problem, small.
     batches, calls:
@@ -326,7 +327,12 @@ def _measure_plan(
     from ..plan import SparseGemmPlan
 
     with (make_plan or SparseGemmPlan)(
-        w_host, settings.pattern, dtype=dtype, backend=backend, device=f"cuda:{gpu.index}"
+        w_host,
+        settings.pattern,
+        dtype=dtype,
+        backend=backend,
+        device=f"cuda:{gpu.index}",
+        tuning="measure" if backend == _AUTO else "cached",
     ) as plan:
         y = plan.run(x)
         bound, recorded = (
@@ -349,7 +355,9 @@ def _measure_plan(
             ("SparseGemmPlan.bind, each call", bound),
             ("SparseGemmPlan.bind graph=True, each call", recorded),
         )
-        ran = {"ran": plan.backend_for(settings.m)} if backend == _AUTO else {}
+        ran: dict[str, Any] = {}
+        if backend == _AUTO:
+            ran = {"ran": plan.backend_for(settings.m), "forms": list(plan.backends)}
         for call, run in calls:
             times = host_time(run, arrays.wait, batches=settings.batches, calls=settings.calls)
             profile = profile_rows(
