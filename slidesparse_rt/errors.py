@@ -118,3 +118,8 @@ class PlanClosed(SlideSparseError, RuntimeError):
 
 class CaptureError(SlideSparseError, RuntimeError):
     """A call that would allocate or synchronize while a CUDA graph is being captured."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows in further lines; its name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -78,3 +78,8 @@ def test_defaults_of_the_attributes() -> None:
     assert errors.LibraryError("m").status == -1
     assert errors.CompileError("m", options=["-x"]).options == ("-x",)
     assert errors.CompileError("m").log == ""
+
+
+def test_the_first_line_of_an_error() -> None:
+    assert errors.first_line(ValueError("a\nb")) == "a"
+    assert errors.first_line(ValueError()) == "ValueError"

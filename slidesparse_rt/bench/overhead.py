@@ -29,7 +29,7 @@ import numpy as np
 
 from ..arrays import NDArray
 from ..dtypes import array_type, operand
-from ..errors import OptionError
+from ..errors import OptionError, first_line
 from ..pattern import Pattern
 from .checks import check_result, exact, sample
 from .overhead_calls import Calls, driver_calls, drop_last, torch_calls
@@ -387,7 +387,7 @@ def _measure_other(
         times = host_time(run, wait, batches=settings.batches, calls=settings.calls)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         # A private call of PyTorch: not every version takes every type.
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = first_line(error)
         record.leave_out(f"{call} {dtype}", "unavailable", f"{type(error).__name__}: {why}")
         say(f"{call} {dtype}: not available: {why}")
     else:

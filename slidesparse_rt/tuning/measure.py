@@ -27,7 +27,7 @@ from ..backends.gpu_step import Step
 from ..backends.timing import balanced, captured, repeats_of, shuffled_rounds
 from ..backends.workspace import Workspace
 from ..dtypes import array_type, operand
-from ..errors import DeviceMemoryError, OptionError
+from ..errors import DeviceMemoryError, OptionError, first_line
 from .table import BUCKETS, FAILED, Table, buckets_up_to, coarse_first
 
 __all__ = ["MeasureOptions", "Progress", "measure"]
@@ -168,7 +168,7 @@ class _Bench:
         self._shuffle = random.Random(0).shuffle
         self._ahead_us = _START_US
         self._able = list(forms)
-        self._refused = {name: _words(error) for name, error in forms.failed.items()}
+        self._refused = {name: FAILED + first_line(error) for name, error in forms.failed.items()}
         self._n, self._k = forms.weight.n, forms.weight.k
         self._empty: Callable[[int], None] | None = None
         if self._cold(min(buckets)):
@@ -269,7 +269,7 @@ class _Bench:
             except DeviceMemoryError:
                 raise
             except BROKEN as error:
-                self._refused[name] = _words(error)
+                self._refused[name] = FAILED + first_line(error)
                 self._able.remove(name)
                 if not self._able:
                     raise
@@ -356,10 +356,6 @@ class _Bench:
 
     def _us(self, begin: Any, end: Any) -> float:
         return float(self._cuda.get_elapsed_time(begin, end)) * 1e3
-
-
-def _words(error: Exception) -> str:
-    return f"{FAILED}{str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
 def _skipped(tokens: int, error: Exception) -> None:

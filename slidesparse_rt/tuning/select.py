@@ -14,7 +14,7 @@ from ..arrays import Device, NDArray
 from ..backends import GPU_BACKENDS, Choice, Problem, able, unavailable
 from ..backends.base import RawWeight
 from ..backends.cold import COLD_BYTES
-from ..errors import DeviceMemoryError, OptionError
+from ..errors import DeviceMemoryError, OptionError, first_line
 from ..options import PlanOptions
 from ..packing.weight import SparseWeight
 from .cache import TableCache, bias_kind, default_cache, tuning_key
@@ -394,7 +394,7 @@ def _packed(
             made = _selected(forms, table, dispatch, options, where, refused)
             if failed is None:
                 return made
-            hint = f"tuning: {' and '.join(wanted.backends)} would run, but {_first_line(failed)}"
+            hint = f"tuning: {' and '.join(wanted.backends)} would run, but {first_line(failed)}"
             return replace(made, hints=(*made.hints, hint))
     assert failed is not None  # there is one dispatch at least
     raise failed
@@ -439,10 +439,6 @@ def _selected(
         table,
         tuple(hints),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _choices(dispatch: Dispatch, table: Table) -> list[str]:
