@@ -68,9 +68,9 @@ def test_the_cache_is_emptied(stream) -> None:
 def test_less_is_faster(stream, order: int, mebibytes: int) -> None:
     """Also where the host takes longer to launch than the GPU to run."""
     nbytes = mebibytes << 20
-    reader = Reader(2 * nbytes)
+    reader = Reader(4 * nbytes)
     with reader.memory:
-        parts = [reader.part(nbytes), reader.part(nbytes * 2), reader.part(nbytes * 2)][::order]
+        parts = [reader.part(nbytes), reader.part(nbytes * 4), reader.part(nbytes * 4)][::order]
         assert fastest(parts, stream) == (0 if order == 1 else 2)
         with cold_cache(gpu_device(0)) as empty:
             assert fastest(parts, stream, before=empty) == (0 if order == 1 else 2)
