@@ -193,24 +193,18 @@ def _speed_panel(
             linewidth=1.6,
         )
         handles[f"{line.pattern} (bound {line.bound:.2f})"] = handle
-        if line.older:
-            axes.plot(
-                *zip(*line.older, strict=True),
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                markerfacecolor="white",
-                linestyle="none",
-            )
-        if line.sustained:
-            axes.plot(
-                *zip(*line.sustained, strict=True),
-                color=colour,
-                marker=marker,
-                markersize=8,
-                fillstyle="none",
-                linestyle="none",
-            )
+        for points, look in (
+            (line.older, {"markersize": 4.5, "markerfacecolor": "white"}),
+            (line.sustained, {"markersize": 8, "fillstyle": "none"}),
+        ):
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    marker=marker,
+                    linestyle="none",
+                    **look,
+                )
     axes.set_title(panel.title, loc="left")
     token_axis(axes, [m for line in panel.lines for m, _ in (*line.burst, *line.sustained)])
     grid_below(axes)
