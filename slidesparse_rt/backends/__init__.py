@@ -86,23 +86,17 @@ def choose(name: str, problem: Problem, device: Device, keep_dense: bool = True)
     if not keep_dense:
         wanted = sorted(wanted, key=_DENSE.__eq__)
     refused: dict[str, str] = {}
-    chosen: Backend | None = None
-    first = ""
-    for candidate in wanted:
-        if chosen is not None:
-            lean = candidate == _DENSE and not keep_dense
-            refused[candidate] = (
-                "keep_dense is False" if lean else f"not tried: by rule {first} goes first"
-            )
-            continue
+    for place, candidate in enumerate(wanted):
         backend, why_not = _able(_row(candidate), problem, device)
         if backend is None:
             refused[candidate] = why_not
-        else:
-            chosen, first = backend, candidate
-    if chosen is None:
-        raise unavailable(name, problem, device, refused)
-    return Choice(chosen, refused, why)
+            continue
+        for other in wanted[place + 1 :]:
+            lean = other == _DENSE and not keep_dense
+            by_rule = f"not tried: by rule {candidate} goes first"
+            refused[other] = "keep_dense is False" if lean else by_rule
+        return Choice(backend, refused, why)
+    raise unavailable(name, problem, device, refused)
 
 
 def able(

@@ -82,7 +82,7 @@ class MeasureOptions:
     def __post_init__(self) -> None:
         buckets_up_to(self.most_tokens)
         for name, value, least in (
-            ("cold_tokens", COLD_TOKENS if self.cold_tokens is None else self.cold_tokens, 0),
+            ("cold_tokens", self.emptied_up_to, 0),
             ("rounds", 1 if self.rounds is None else self.rounds, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -370,8 +370,7 @@ def _packed(
     from ..backends.gpu_forms import BROKEN, pack_forms
 
     wanted = table.dispatch(keep_dense=options.keep_dense, able=backends)
-    names = [name for name in backends if name != DENSE or options.keep_dense] or list(backends)
-    alone = [table.dispatch(able=[name]) for name in table.ranked(names)]
+    alone = table.alone(keep_dense=options.keep_dense, able=backends)
     failed: Exception | None = None
     for dispatch in dict.fromkeys((wanted, *alone)):
         try:

@@ -192,14 +192,7 @@ class Table:
         of straight lines so compared changes only where one crosses another or 1.01 times another,
         so looking at the buckets, where steps begin and beside each crossing is looking at every M.
         """
-        names = [name for name in self.backends if able is None or name in set(able)]
-        if not keep_dense and names != [DENSE]:
-            names = [name for name in names if name != DENSE]
-        if not names:
-            raise OptionError(
-                f"none of the backends that can run was measured; measured are "
-                f"{', '.join(self.backends)}"
-            )
+        names = self._allowed(keep_dense, able)
         points = {point: self.estimate(point) for point in self._points(names)}
         chosen = _fewest(names, points)
         starts, winners = [0], [_first(points[self.tokens[0]], chosen, names)]
@@ -210,16 +203,21 @@ class Table:
                 winners.append(winner)
         return Dispatch(tuple(starts), tuple(winners))
 
-    def ranked(self, names: Iterable[str]) -> list[str]:
-        """The backends ``names``, that first which alone is nowhere far behind the fastest."""
-        best = {tokens: min(row.values()) for tokens, row in self.times.items()}
-        return sorted(
-            names,
-            key=lambda name: (
-                max(row[name] / best[tokens] for tokens, row in self.times.items()),
-                _rank(name),
-            ),
+    def alone(
+        self, *, keep_dense: bool = True, able: Iterable[str] | None = None
+    ) -> list[Dispatch]:
+        """Each backend for every number of tokens, that first which is nowhere far behind the best.
+
+        The arguments are those of :meth:`dispatch`, and so is what is raised.
+        """
+
+        def behind(name: str) -> float:
+            return max(row[name] / min(row.values()) for row in self.times.values())
+
+        names = sorted(
+            self._allowed(keep_dense, able), key=lambda name: (behind(name), _rank(name))
         )
+        return [Dispatch((0,), (name,)) for name in names]
 
     def merged(self, older: Table) -> Table:
         """Return this table with what only an older one has; this one where they do not fit."""
@@ -234,6 +232,18 @@ class Table:
             )
         except OptionError:
             return self
+
+    def _allowed(self, keep_dense: bool, able: Iterable[str] | None) -> list[str]:
+        """The backends that may be chosen; OptionError where there are none."""
+        names = [name for name in self.backends if able is None or name in set(able)]
+        if not keep_dense and names != [DENSE]:
+            names = [name for name in names if name != DENSE]
+        if not names:
+            raise OptionError(
+                f"none of the backends that can run was measured; measured are "
+                f"{', '.join(self.backends)}"
+            )
+        return names
 
     def _points(self, names: Sequence[str]) -> list[int]:
         """Numbers of tokens between which no backend passes another, or its slack; rising."""
