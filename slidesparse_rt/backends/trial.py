@@ -64,7 +64,7 @@ def trial(
         device.allocate(padded * prepared.padded_n * width) as target,
         device.allocate(max(product.scratch_bytes for product in products)) as scratch,
         device.upload(np.zeros(COUNTER_BYTES // 4, np.int32), stream) as counters,
-        _quantizing(prepared, tokens, x.pointer, scales.pointer, stream) as quantize,
+        _quantizing(prepared, tokens, padded, x.pointer, scales.pointer, stream) as quantize,
         cold_cache(device) if is_cold(weight, tokens) else contextlib.nullcontext() as empty,
     ):
 
@@ -86,7 +86,7 @@ def trial(
 
 @contextlib.contextmanager
 def _quantizing(
-    prepared: GpuPrepared, tokens: int, x: int, scales: int, stream: int
+    prepared: GpuPrepared, tokens: int, padded: int, x: int, scales: int, stream: int
 ) -> Iterator[Callable[[int], None] | None]:
     """What quantizes inputs into ``x`` and ``scales``; ``None`` where tokens are many."""
     if tokens > COLD_TOKENS:
@@ -94,7 +94,6 @@ def _quantizing(
         return
     device, weight, kind = prepared.device, prepared.weight, array_type(_INPUTS)
     quantize = prepared.quantizer(kind, stream)
-    padded = round_up(tokens, prepared.token_multiple)
     nbytes = tokens * weight.k * kind.bits // 8
     with contextlib.ExitStack() as held:
         inputs = held.enter_context(device.filled(nbytes, operand("bf16"), stream)).pointer

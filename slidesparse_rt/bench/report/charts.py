@@ -13,9 +13,9 @@ from typing import Any
 from ..pipeline import FLOOR
 from ..sides import AUTO, DENSE
 from .accuracy import METHODS, UNPRUNED, Costs, costs
-from .markdown import DTYPES, MODES, newest_of, patterns_of, short
+from .markdown import DTYPES, patterns_of, short
 from .passes import GOAL, GOAL_PATTERN, GOAL_TOKENS, PHASES, Group, groups
-from .results import Key, Measured, Result, merged, products, stages
+from .results import Key, Measured, Result, merged, newest_of, products, stages
 
 __all__ = [
     "AccuracyChart",
@@ -233,28 +233,23 @@ def _speed(
 
 
 def _line(rows: Measured, side: str, pattern: str, dtype: str, stage: str) -> Line:
-    own = sorted(
-        (
-            (key.m, key.mode, case)
-            for key, case in rows.items()
-            if (key.pattern, key.dtype, key.stage) == (pattern, dtype, stage)
-        ),
-        key=lambda found: found[:2],
-    )
-    points = {
-        mode: [(m, float(case.row["ratio"][side])) for m, of, case in own if of == mode]
-        for mode in MODES
+    own = {
+        key: case
+        for key, case in rows.items()
+        if (key.pattern, key.dtype, key.stage) == (pattern, dtype, stage)
     }
-    bound = float(own[-1][2].row["bound"]) if own else 0.0
-    bursts = [case.result for _, mode, case in own if mode == "burst"]
-    newest = newest_of(case for _, mode, case in own if mode == "burst")
-    # Seen beside others they might look like an effect of M.
-    older = [
-        point
-        for point, result in zip(points["burst"], bursts, strict=True)
-        if result.commit != newest
-    ]
-    return Line(pattern, bound, tuple(points["burst"]), tuple(points["sustained"]), tuple(older))
+
+    def points(mode: str, without: str = "") -> tuple[tuple[int, float], ...]:
+        return tuple(
+            (key.m, float(case.row["ratio"][side]))
+            for key, case in sorted(own.items(), key=lambda item: item[0].m)
+            if key.mode == mode and case.result.commit != without
+        )
+
+    bound = float(next(iter(own.values())).row["bound"]) if own else 0.0
+    newest = newest_of(case for key, case in own.items() if key.mode == "burst")
+    # Beside others, points of older commits might look like an effect of M.
+    return Line(pattern, bound, points("burst"), points("sustained"), points("burst", newest))
 
 
 # --- stages ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from ...pattern import PATTERNS
 from ..packing import targets
 from ..pipeline import noise, promises
 from ..sides import AUTO, DENSE
-from .results import BOTH, Case, Key, Measured, Result, merged, products, stages
+from .results import BOTH, Case, Key, Measured, Result, merged, newest_of, products, stages
 
 __all__ = [
     "DTYPES",
@@ -123,27 +123,17 @@ def ratios(rows: Measured, side: str, stage: str, mode: str, value: str = "ratio
             }
             if found:
                 bound = next(iter(found.values())).row["bound"]
-                cells = []
-                for m in tokens:
-                    if m not in found:
-                        cells.append("-")
-                        continue
-                    case = found[m]
-                    mark = _star(case, newest, older)
-                    cells.append(f"{case.row[value][side]:.2f}{mark}")
+                cells = [
+                    f"{found[m].row[value][side]:.2f}{_star(found[m], newest, older)}"
+                    if m in found
+                    else "-"
+                    for m in tokens
+                ]
                 lines.append([dtype, pattern, f"{bound:.2f}", *cells])
     if not lines:
         return ""
     made = table(["type", "pattern", "bound", *(f"M={m}" for m in tokens)], lines)
     return f"{made}{_stars(newest, older)}"
-
-
-def newest_of(cases: Iterable[Case]) -> str:
-    """The commit of the most recent of the files that cases are from; "" without any."""
-    files = [case.result for case in cases]
-    if not files:
-        return ""
-    return max(files, key=lambda result: str(result.document["time"])).commit
 
 
 def _star(case: Case | None, newest: str, older: dict[str, None]) -> str:

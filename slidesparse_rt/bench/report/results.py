@@ -26,6 +26,7 @@ __all__ = [
     "asked",
     "machines",
     "merged",
+    "newest_of",
     "products",
     "read_result",
     "stages",
@@ -200,6 +201,12 @@ def products(results: Iterable[Result], what: str) -> dict[str, Measured]:
     return found
 
 
+def newest_of(cases: Iterable[Case]) -> str:
+    """The commit of the most recent of the files that cases are from; "" without any."""
+    files = _by_age(case.result for case in cases)
+    return files[-1].commit if files else ""
+
+
 def merged(results: Iterable[Result], what: str) -> list[dict[str, Any]]:
     """The rows of "quantize", "overhead" or "packing" results, merged as :func:`products` does."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -210,8 +217,11 @@ def merged(results: Iterable[Result], what: str) -> list[dict[str, Any]]:
 
 
 def _oldest_first(results: Iterable[Result], what: str) -> list[Result]:
-    fitting = [result for result in results if result.what == what]
-    return sorted(fitting, key=lambda result: str(result.document["time"]))
+    return _by_age(result for result in results if result.what == what)
+
+
+def _by_age(results: Iterable[Result]) -> list[Result]:
+    return sorted(results, key=lambda result: str(result.document["time"]))
 
 
 def stages(product: Case, whole: Case, side: str) -> tuple[tuple[str, float], ...]:
