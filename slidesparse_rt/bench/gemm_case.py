@@ -280,16 +280,11 @@ class GemmCase:
     ) -> list[NDArray]:
         """The results of operators, of many tokens; checked against those of the first side."""
         found = []
-        for work in works:
-            output = work.output
-            dtype = _numpy_type(output.kind)
-            row_bytes = output.stride * dtype.itemsize
+        for output in (work.output for work in works):
+            row_bytes = output.stride * _numpy_type(output.kind).itemsize
             most = max(2, min(_MOST_ALIKE, _ALIKE_BYTES // row_bytes))
-            rows = [
-                self._gpu.read(output.pointer + token * row_bytes, dtype, output.columns)
-                for token in sample(self._tokens, most, seed=3)
-            ]
-            found.append(np.stack(rows))
+            tokens = sample(self._tokens, most, seed=3)
+            found.append(np.stack([self._of_token(output, token) for token in tokens]))
         if first is not None:
             other, wanted = first
             for layer, mine, theirs in zip(self._layers, found, wanted, strict=True):
@@ -297,13 +292,17 @@ class GemmCase:
                 check_alike(mine, theirs, self._operand, what)
         return found
 
+    def _of_token(self, output: Output, token: int) -> NDArray:
+        """A row of an output."""
+        dtype = _numpy_type(output.kind)
+        at = output.pointer + token * output.stride * dtype.itemsize
+        return self._gpu.read(at, dtype, output.columns)
+
     def _read(self, output: Output, what: str, layer: Layer) -> NDArray:
         """The sampled tokens and channels of an output; its rows are looked through for poison."""
-        dtype = _numpy_type(output.kind)
         rows = []
         for token in self._token_rows():
-            at = output.pointer + token * output.stride * dtype.itemsize
-            row = self._gpu.read(at, dtype, output.columns)
+            row = self._of_token(output, token)
             check_poison(row, f"{what}, token {token}")
             rows.append(row[sample(layer.n, _CHANNELS, seed=2)])
         return np.stack(rows)
