@@ -10,6 +10,7 @@ from typing import Any
 from .arrays import Device, device_of, library_of_type, refuse_autograd, refuse_out_gradient
 from .backends import Problem
 from .backends.gpu_device import gpu_device, is_capturing, working_on
+from .backends.gpu_gemm import GpuPrepared
 from .backends.workspace import Workspace
 from .bound import BoundRun
 from .device_adapters import Adapter, adapter_of
@@ -230,11 +231,16 @@ class GpuRunner:
             self.check_open()
             if is_capturing(pointer):
                 raise CaptureError("prepare() cannot run while a CUDA graph is being captured")
+            parts: dict[GpuPrepared, set[int]] = {}
             for count in tokens:
                 form = self._form(count)
-                prepared, most = form.prepared, form.most
-                for part in {min(count, most), count % most} - {0}:
-                    prepared.pinned.add(part)
+                parts.setdefault(form.prepared, set()).update(
+                    {min(count, form.most), count % form.most} - {0}
+                )
+            for prepared, counts in parts.items():
+                prepared.compile_ahead(counts, out_type)
+                prepared.pinned.update(counts)
+                for part in sorted(counts):
                     # A result of any alignment: with and without the library writing it.
                     able = prepared.can_write(out_type, _WELL_ALIGNED, n, part)
                     for direct in {able, prepared.always_direct}:

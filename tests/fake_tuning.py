@@ -120,6 +120,12 @@ class Form(GpuPrepared):
     def can_write(self, *arguments: Any) -> bool:
         return True
 
+    def compile_ahead(self, tokens: Any, kind: Any) -> None:
+        machine = self.machine
+        machine.ahead.append((self.name, sorted(tokens), kind.name, len(machine.stepped)))
+        if self.name in machine.uncompilable:
+            raise ss.CompileError(f"{self.name} does not compile")
+
     def make_product(self, *arguments: Any) -> Any:
         raise AssertionError("steps are made instead")
 
@@ -165,6 +171,9 @@ class Machine:
     most: dict[str, int] = dataclasses.field(default_factory=dict)
     #: Backends and numbers of tokens for which there is no memory to choose how to multiply.
     unchosen: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    #: Backends whose kernels do not compile; what was compiled ahead of how many steps.
+    uncompilable: set[str] = dataclasses.field(default_factory=set)
+    ahead: list[tuple[str, list[int], str, int]] = dataclasses.field(default_factory=list)
     packs: list[str] = dataclasses.field(default_factory=list)
     uploads: int = 0
     stepped: list[tuple[str, int, str, str]] = dataclasses.field(default_factory=list)

@@ -339,6 +339,24 @@ def test_weights_of_models_that_stay_in_the_cache_are_timed_there(
     assert hopper.BUCKET_TOKENS >= cold.COLD_TOKENS
 
 
+def test_kernels_of_many_buckets_are_compiled_together(machine: Machine) -> None:
+    made, bfloat16 = prepared(machine), array_type("bfloat16")
+    made.make_product(1000, bfloat16, STREAM)
+    made.compile_ahead([3000, 1, 7, 1024, 700], bfloat16)
+    wanted = {
+        spec_of(config, "int8", "bfloat16")
+        for bucket in (16, 768, 3072)  # and not 1024, which has been timed
+        for config in configurations(N, made._slid_bytes, bucket, 132)
+    }
+    assert machine.kernels.ahead[-1][0] == wanted
+    made.compile_ahead([1000], array_type("float32"))
+    assert {spec.title for spec in machine.kernels.ahead[-1][0]} == {
+        spec_of(config, "int8", "float32").title
+        for config in configurations(N, made._slid_bytes, 1024, 132)
+    }
+    assert len(machine.timed) == 1
+
+
 def test_one_promising_configuration_is_not_timed(machine: Machine) -> None:
     made = prepared(machine, n=64, k=100, pattern="2:4")
     made.make_product(16, array_type("bfloat16"), STREAM)

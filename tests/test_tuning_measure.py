@@ -208,6 +208,21 @@ def test_a_backend_that_breaks_is_out_everywhere(gpu_machine: Machine, forms: Gp
         times(forms)
 
 
+def test_everything_is_compiled_before_anything_is_measured(
+    gpu_machine: Machine, forms: GpuForms
+) -> None:
+    gpu_machine.uncompilable = {"cusparselt"}
+    table = times(forms, most_tokens=1024)
+    assert gpu_machine.ahead == [
+        (name, list(buckets_up_to(1024)), "bfloat16", 0) for name in gpu_machine.names
+    ]
+    assert table.backends == ("hopper", "dense")
+    assert table.refused == {"cusparselt": "it failed: cusparselt does not compile"}
+    gpu_machine.uncompilable = set(gpu_machine.names)
+    with pytest.raises(ss.CompileError, match="does not compile"):
+        times(forms)
+
+
 def test_what_cannot_be_packed_is_out_unless_it_must_be(gpu_machine: Machine) -> None:
     gpu_machine.unpackable = {"cusparselt": ss.LibraryError("no kernel\nat all")}
     made = packed(gpu_machine, strict=False)

@@ -210,7 +210,17 @@ def test_each_form_is_prepared_for_its_tokens(gpu_machine: Machine) -> None:
     with plan(tuning="measure") as made:
         forms = made._prepared
         gpu_machine.stepped.clear()
+        gpu_machine.ahead.clear()
         made.prepare([5, 12, 2000], x_dtype="float16")
+        # Kernels are compiled together, before the first step of a form is made.
+        assert sorted(row[:3] for row in gpu_machine.ahead) == [
+            ("dense", [4, 5, 8], "float16"),
+            ("hopper", [2000], "float16"),
+        ]
+        assert {gpu_machine.stepped[at][0] for _, _, _, at in gpu_machine.ahead} == {
+            "dense",
+            "hopper",
+        }
         # 12 tokens are split as dense splits them.
         assert {row[:2] for row in gpu_machine.stepped} == {
             ("dense", 5),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,13 @@ class GpuPrepared(ABC):
 
         Of the address nothing counts but its lowest 8 bits.
         """
+
+    def compile_ahead(self, tokens: Iterable[int], kind: ArrayType) -> None:
+        """Compile side by side what products with results of ``kind`` may need, where that is ours.
+
+        Raises BackendUnavailable, CompileError where there is no NVRTC, or none for this GPU.
+        """
+        del tokens, kind  # libraries bring their kernels
 
     @abstractmethod
     def release(self) -> None:

@@ -12,7 +12,7 @@ for each number of tokens of the bucket.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 
 from ..dtypes import ArrayType
 from ..errors import DeviceMemoryError
@@ -139,6 +139,20 @@ class HopperPrepared(GpuPrepared):
         made.chosen = chosen
         return made
 
+    def compile_ahead(self, tokens: Iterable[int], kind: ArrayType) -> None:
+        """Every kernel that is going to be timed."""
+        # Without the lock, which is held while a bucket is timed: at worst a kernel more.
+        known = self.device.choices
+        buckets = {token_bucket(count) for count in tokens}
+        kernels_of(self.device.index).compile_ahead(
+            {
+                gemm_kernel(self.weight.operand.name, kind.name, config)
+                for bucket in buckets
+                if self._key(bucket, kind) not in known
+                for config in self._promising(bucket)
+            }
+        )
+
     def release(self) -> None:
         self.packed.close()
 
@@ -166,16 +180,7 @@ class HopperPrepared(GpuPrepared):
         any multiprocessor takes part in costs as much as a full one.
         """
         bucket = token_bucket(tokens)
-        key = (
-            "hopper",
-            self.weight.n,
-            self.weight.k,
-            self.weight.pattern.name,
-            self.weight.operand.name,
-            bool(self.weight.x_scale),
-            kind.name,
-            bucket,
-        )
+        key = self._key(bucket, kind)
         with self.device.lock:
             found = self.device.choices.get(key)
             if found is None:
@@ -194,6 +199,20 @@ class HopperPrepared(GpuPrepared):
 
         return min(times, key=expected)[0], True
 
+    def _key(self, bucket: int, kind: ArrayType) -> tuple[Hashable, ...]:
+        """Of the times in the device's choices: everything that they depend on."""
+        weight = self.weight
+        return (
+            "hopper",
+            weight.n,
+            weight.k,
+            weight.pattern.name,
+            weight.operand.name,
+            bool(weight.x_scale),
+            kind.name,
+            bucket,
+        )
+
     def _clocks(self, config: HopperConfig, tokens: int) -> float:
         return clocks(config, self.weight.n, self._slid_bytes, tokens, self.device.sm_count)
 
@@ -201,13 +220,10 @@ class HopperPrepared(GpuPrepared):
         return configurations(self.weight.n, self._slid_bytes, bucket, self.device.sm_count)
 
     def _timed(self, bucket: int, kind: ArrayType, stream: int) -> _Times:
-        operand = self.weight.operand
         promising = self._promising(bucket)
         if len(promising) == 1:
             return ((promising[0], 1.0),)
-        kernels_of(self.device.index).compile_ahead(
-            {gemm_kernel(operand.name, kind.name, config) for config in promising}
-        )
+        self.compile_ahead((bucket,), kind)
         products = [_Product(self, self._gemm(bucket, kind, config)) for config in promising]
         with trial(self, products, bucket, kind.bits // 8, stream) as (runs, empty):
             times = launch_times(runs, stream, before=empty)

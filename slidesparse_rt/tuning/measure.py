@@ -205,6 +205,7 @@ class _Bench:
         found: dict[int, dict[str, float]] = {}
         memory: DeviceMemoryError | None = None
         order = [m for m in coarse_first(self._settings.buckets) if m in self._buckets]
+        self._each(self._able, lambda name: self._forms[name].compile_ahead(order, _BF16))
         for done, tokens in enumerate(order):
             spent = seconds is not None and time.monotonic() - started >= seconds
             if spent and len(found) >= _LEAST:
