@@ -15,7 +15,7 @@ from ..sides import AUTO, DENSE
 from .accuracy import METHODS, UNPRUNED, Costs, costs
 from .markdown import DTYPES, patterns_of, short
 from .passes import GOAL, GOAL_PATTERN, GOAL_TOKENS, PHASES, Group, groups
-from .results import Key, Measured, Result, merged, newest_of, products, stages
+from .results import Key, Measured, Result, by_model, merged, newest_of, products, stages, title_of
 
 __all__ = [
     "AccuracyChart",
@@ -198,11 +198,10 @@ def speed_charts(results: Sequence[Result]) -> list[SpeedChart]:
     """One for each model and sparse side of "gemm" results, and for "auto" of "pipeline" ones."""
     found = []
     for side, rows in products(results, "gemm").items():
-        for model in dict.fromkeys(key.model for key in rows):
-            found += _speed(results, side, model, rows, "speed")
-    rows = products(results, "pipeline").get(AUTO, {})
-    for model in dict.fromkeys(key.model for key in rows):
-        found += _speed(results, AUTO, model, rows, "pipeline", floor=FLOOR)
+        for model, own in by_model(rows).items():
+            found += _speed(results, side, model, own, "speed")
+    for model, own in by_model(products(results, "pipeline").get(AUTO, {})).items():
+        found += _speed(results, AUTO, model, own, "pipeline", floor=FLOOR)
     return found
 
 
@@ -210,11 +209,10 @@ def _speed(
     results: Sequence[Result],
     side: str,
     model: str,
-    rows: Measured,
+    own: Measured,
     what: str,
     floor: float | None = None,
 ) -> list[SpeedChart]:
-    own = {key: case for key, case in rows.items() if key.model == model}
     grid = []
     for stage, words in _STAGES.items():
         panels = []
@@ -228,7 +226,7 @@ def _speed(
     if not grid:
         return []
     machine = results[0].machine
-    title = f"{side} against dense: {model} on one {machine}"
+    title = f"{side} against dense: {title_of(model)} on one {machine}"
     return [SpeedChart(_slug(what, model, side, machine), title, tuple(grid), floor)]
 
 
@@ -259,25 +257,26 @@ def breakdown_charts(results: Sequence[Result], pattern: str = "6:8") -> list[Br
     """The stages of operators in bursts, for each model and sparse side, at one pattern."""
     found = []
     for side, rows in products(results, "gemm").items():
-        for model in dict.fromkeys(key.model for key in rows):
+        for model, own in by_model(rows).items():
             panels = []
             for dtype in DTYPES:
-                bars = _bars(rows, side, model, dtype, pattern)
+                bars = _bars(own, side, dtype, pattern)
                 if len(bars) >= 2 * _FEWEST:
                     panels.append((dtype, tuple(bars)))
             if panels:
                 machine = results[0].machine
                 name = _slug("stages", model, side, machine)
-                title = f"Where an operator's time goes: {model}, {pattern}, on one {machine}"
+                what = f"{title_of(model)}, {pattern}"
+                title = f"Where an operator's time goes: {what}, on one {machine}"
                 found.append(BreakdownChart(name, title, tuple(panels)))
     return found
 
 
-def _bars(rows: Measured, side: str, model: str, dtype: str, pattern: str) -> list[Bar]:
+def _bars(rows: Measured, side: str, dtype: str, pattern: str) -> list[Bar]:
     found = []
     for key, case in sorted(rows.items(), key=lambda item: item[0].m):
         whole = rows.get(key._replace(stage="op"))
-        wanted = Key(model, pattern, dtype, key.m, "gemm", "burst")
+        wanted = Key(key.model, pattern, dtype, key.m, "gemm", "burst")
         if key != wanted or whole is None or whole.result.name != case.result.name:
             continue
         found += [Bar(one, key.m, stages(case, whole, one)) for one in (side, DENSE)]

@@ -8,8 +8,21 @@ from collections.abc import Iterable, Sequence
 from ...pattern import PATTERNS
 from ..packing import targets
 from ..pipeline import noise, promises
+from ..shapes import SQUARES
 from ..sides import AUTO, DENSE
-from .results import BOTH, Case, Key, Measured, Result, merged, newest_of, products, stages
+from .results import (
+    BOTH,
+    Case,
+    Key,
+    Measured,
+    Result,
+    by_model,
+    merged,
+    newest_of,
+    products,
+    stages,
+    title_of,
+)
 
 __all__ = [
     "DTYPES",
@@ -187,18 +200,15 @@ def against_dense(rows: Measured, side: str, model: str, pattern: str) -> str:
     return f"{pattern}, at most {bound:.2f}:\n\n{made}{_stars(newest, older)}\n\n"
 
 
-def _other_formats(rows: Measured, side: str, model: str) -> str:
-    """bf16 and fp16 against dense of the same format; "" where they were not measured."""
-    found = {
-        key: case for key, case in rows.items() if key.model == model and key.dtype not in SHORT
-    }
+def _same_format(rows: Measured, side: str) -> str:
+    """Both stages of one model against dense of the same format; "" where nothing was measured."""
     text = ""
     for mode in MODES:
         for stage in ("gemm", "op"):
-            made = ratios(found, side, stage, mode)
+            made = ratios(rows, side, stage, mode)
             if made:
                 formats = " and ".join(
-                    dtype for dtype in DTYPES if any(key.dtype == dtype for key in found)
+                    dtype for dtype in DTYPES if any(key.dtype == dtype for key in rows)
                 )
                 text += f"{mode} {SHORT[stage]}, against dense {formats}:\n\n{made}\n\n"
     return text
@@ -208,12 +218,14 @@ def product_sections(results: Sequence[Result]) -> str:
     """Every sparse side, model and pattern of "gemm" results; "" without any."""
     text = ""
     for side, rows in products(results, "gemm").items():
-        for model in dict.fromkeys(key.model for key in rows):
-            text += f"**`{side}`, {model}**\n\n"
-            for pattern in patterns_of(rows):
-                text += against_dense(rows, side, model, pattern)
-            text += _other_formats(rows, side, model)
-            own = {key: case for key, case in rows.items() if key.model == model}
+        for model, own in by_model(rows).items():
+            text += f"**`{side}`, {title_of(model)}**\n\n"
+            alone = own
+            if model != SQUARES:
+                for pattern in patterns_of(own):
+                    text += against_dense(own, side, model, pattern)
+                alone = {key: case for key, case in own.items() if key.dtype not in SHORT}
+            text += _same_format(alone, side)
             efficiency = ratios(own, side, "gemm", "burst", "efficiency")
             if efficiency:
                 text += f"Efficiency of products, T(2:4) * gamma / T, burst:\n\n{efficiency}\n\n"
@@ -226,12 +238,11 @@ def auto_against_dense(results: Sequence[Result]) -> str:
     if not rows:
         return ""
     text = ""
-    for model in dict.fromkeys(key.model for key in rows):
-        own = {key: case for key, case in rows.items() if key.model == model}
+    for model, own in by_model(rows).items():
         for mode in MODES:
             made = ratios(own, AUTO, "op", mode)
             if made:
-                text += f"{model}, {mode}:\n\n{made}\n\n"
+                text += f"{title_of(model)}, {mode}:\n\n{made}\n\n"
     found = [case.row for case in rows.values()]
     lines = (*map(str, promises(found)), noise(found))
     shown = "".join(f"- {line}\n" for line in lines if line)
@@ -245,19 +256,19 @@ def breakdown(results: Sequence[Result], pattern: str = "6:8") -> str:
     """The stages of operators in bursts, sparse and dense, in microseconds; "" where unmeasured."""
     text = ""
     for side, rows in products(results, "gemm").items():
-        for model in dict.fromkeys(key.model for key in rows):
-            sizes = {(key.dtype, key.m) for key in rows if key.model == model}
+        for model, own in by_model(rows).items():
+            sizes = {(key.dtype, key.m, key.model) for key in own}
             lines = []
-            for dtype, m in sorted(sizes, key=lambda size: (DTYPES.index(size[0]), size[1])):
-                product = rows.get(Key(model, pattern, dtype, m, "gemm", "burst"))
-                whole = rows.get(Key(model, pattern, dtype, m, "op", "burst"))
+            for dtype, m, name in sorted(sizes, key=lambda size: (DTYPES.index(size[0]), size[1])):
+                product = own.get(Key(name, pattern, dtype, m, "gemm", "burst"))
+                whole = own.get(Key(name, pattern, dtype, m, "op", "burst"))
                 # Stages of different runs have no difference that means anything.
                 if product is not None and whole is not None and product.result == whole.result:
                     sums = (_sum(product, whole, one) for one in (side, DENSE))
                     lines.append([dtype, str(m), *sums])
             if lines:
                 made = table(["type", "M", f"`{side}`", "`dense`"], lines)
-                text += f"{model}, {pattern}, microseconds:\n\n{made}\n\n"
+                text += f"{title_of(model)}, {pattern}, microseconds:\n\n{made}\n\n"
     return text
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ...errors import FormatError
 from ..gemm import add_efficiency
 from ..record import upgraded
-from ..shapes import model
+from ..shapes import MODELS, SQUARES, expanded, model
 from ..sides import DENSE
 
 __all__ = [
@@ -24,12 +24,14 @@ __all__ = [
     "Measured",
     "Result",
     "asked",
+    "by_model",
     "machines",
     "merged",
     "newest_of",
     "products",
     "read_result",
     "stages",
+    "title_of",
 ]
 
 #: What :attr:`Result.machine` says where there is no GPU.
@@ -199,6 +201,26 @@ def products(results: Iterable[Result], what: str) -> dict[str, Measured]:
             for side in _sides(row):
                 found.setdefault(side, {})[key] = Case(row, result)
     return found
+
+
+def by_model(rows: Measured) -> dict[str, Measured]:
+    """The cases of each model, in the order of :data:`.shapes.MODELS`; squares together, last."""
+    found: dict[str, Measured] = {}
+    squares = set(expanded((SQUARES,)))
+    for key, case in rows.items():
+        found.setdefault(SQUARES if key.model in squares else key.model, {})[key] = case
+    order = [*MODELS, SQUARES]
+
+    def place(name: str) -> int:
+        known = name.split(" (")[0]  # without its layers
+        return order.index(known) if known in order else len(MODELS)
+
+    return dict(sorted(found.items(), key=lambda item: place(item[0])))
+
+
+def title_of(model: str) -> str:
+    """A name of :func:`by_model` as people read it."""
+    return f"{SQUARES} (M = N = K)" if model == SQUARES else model
 
 
 def newest_of(cases: Iterable[Case]) -> str:
