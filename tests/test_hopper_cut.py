@@ -390,6 +390,25 @@ def test_tiles_of_128_channels_are_for_few_tiles():
         assert not (config.blocks == 1 and config.even)
 
 
+def test_tiles_of_64_channels_are_for_a_tile_a_multiprocessor():
+    """The two lowest of which there are no more than multiprocessors, beside what else is tried."""
+
+    def widths(n, tokens, sm_count=132):
+        found = configurations(n, 5376, tokens, sm_count)
+        return [c.tokens for c in found if c.k_groups and c.groups == 2 and not c.split]
+
+    assert widths(512, 512) == [32, 64]  # 128 and 64 tiles; of 16 tokens 256
+    assert widths(512, 1024) == [64, 128]
+    assert widths(1024, 1024) == [128]
+    assert widths(1024, 1024, sm_count=127) == []
+    assert widths(1024, 2048) == []
+    assert widths(512, 128) == [128, 16, 32]
+    assert widths(2048, 256) == [128, 64]
+    assert widths(4096, 256) == [128]  # tried there whatever their number
+    assert widths(4096, 64) == [64, 32]
+    assert widths(4096, 16) == [16]
+
+
 @given(st.sampled_from(TOKEN_BUCKETS), st.integers(1, 1 << 17), st.sampled_from([132, 114, 16]))
 def test_hardly_filled_tiles_are_not_tried_where_the_bucket_decides(tokens, n, sm_count):
     for config in configurations(n, 5376, tokens, sm_count):

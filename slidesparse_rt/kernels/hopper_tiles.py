@@ -43,6 +43,8 @@ _HIGH_TILES = (128, 160, 192, 208)
 #: tiles of 256 channels are fewer than so many for each multiprocessor: more blocks read the
 #: weight, and each has fewer sums to write.
 _HALF_TILES, _UNFILLED = ((128, 65), (192, 257)), 2
+#: Of the tiles of 64 channels that have a multiprocessor each, so many of the lowest are tried.
+_LOWEST = 2
 _FEW_TOKENS = 128
 _MANY_TOKENS = 1024
 #: Up to so many tokens a configuration is chosen by its time for the bucket alone; tiles that are
@@ -402,6 +404,9 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     else:
         found = [HopperConfig(128, 1, 2, True)] if tokens <= 2 * _FEW_TOKENS else []
         found += [HopperConfig(width, 2) for width in _HIGH_TILES if _fills(width, tokens)]
+    low = [HopperConfig(width, 1, 2, True) for width in _LOW_TILES if width < tokens]
+    alone = [c for c in low if tiling(c, n, slid_bytes, tokens, sm_count).tiles <= sm_count]
+    found += [config for config in alone[:_LOWEST] if config not in found]
     for width, least in _HALF_TILES:
         tiles = tiling(HopperConfig(width, 2), n, slid_bytes, tokens, sm_count).tiles
         if tokens >= least and tiles < _UNFILLED * sm_count and _fills(width, tokens):

@@ -212,7 +212,7 @@ def by_model(rows: Measured) -> dict[str, Measured]:
     order = [*MODELS, SQUARES]
 
     def place(name: str) -> int:
-        known = name.split(" (")[0]  # without its layers
+        known = name.partition(" (")[0]  # without its layers
         return order.index(known) if known in order else len(MODELS)
 
     return dict(sorted(found.items(), key=lambda item: place(item[0])))
