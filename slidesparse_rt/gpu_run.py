@@ -10,7 +10,7 @@ from typing import Any
 from .arrays import Device, device_of, library_of_type, refuse_autograd, refuse_out_gradient
 from .backends import Problem
 from .backends.gpu_device import gpu_device, is_capturing, working_on
-from .backends.gpu_gemm import GpuPrepared
+from .backends.gpu_gemm import GpuPrepared, parts_of
 from .backends.workspace import Workspace
 from .bound import BoundRun
 from .device_adapters import Adapter, adapter_of
@@ -234,13 +234,12 @@ class GpuRunner:
             parts: dict[GpuPrepared, set[int]] = {}
             for count in tokens:
                 form = self._form(count)
-                parts.setdefault(form.prepared, set()).update(
-                    {min(count, form.most), count % form.most} - {0}
-                )
+                parts.setdefault(form.prepared, set()).update(parts_of(count, form.most))
             for prepared, counts in parts.items():
                 prepared.compile_ahead(counts, out_type)
                 prepared.pinned.update(counts)
-                for part in sorted(counts):
+                # The most first, which needs the largest workspace.
+                for part in sorted(counts, reverse=True):
                     # A result of any alignment: with and without the library writing it.
                     able = prepared.can_write(out_type, _WELL_ALIGNED, n, part)
                     for direct in {able, prepared.always_direct}:

@@ -276,6 +276,52 @@ def test_charts_hold_what_was_measured(tmp_path):
     assert charts.digest(other) != charts.digest(speed)
 
 
+def test_squares_are_one_model_and_come_last(tmp_path):
+    sizes = (64, 128, 256, 4096)
+    rows = [
+        row(dtype, m, stage, "burst", {"hopper": 1 + m / 1e4}, pattern=pattern,
+            model=f"square-{m}", layers=["square"])
+        for m in sizes for dtype in ("int8", "bf16") for stage in ("gemm", "op")
+        for pattern in ("2:4", "6:8")
+    ]  # fmt: skip
+    others = [("mistral-7b", LAYERS), ("llama-3.2-3b", LAYERS), ("qwen2.5-7b", ["qkv"])]
+    rows += [
+        row("int8", 64, stage, "burst", {"hopper": 1.1}, model=name, layers=layers)
+        for name, layers in [*others, ("qwen2.5-7b", LAYERS)] for stage in ("gemm", "op")
+    ]  # fmt: skip
+    found = read(tmp_path, "a.json", rows)
+    measured = results.products([found], "gemm")["hopper"]
+    names = ["qwen2.5-7b (qkv)", "qwen2.5-7b", "llama-3.2-3b", "mistral-7b", "squares"]
+    assert list(results.by_model(measured)) == names
+    text = markdown.product_sections([found])
+    titles = re.findall(r"^\*\*`hopper`, (.*)\*\*$", text, re.MULTILINE)
+    assert titles == [*names[:-1], "squares (M = N = K)"]
+    squares = text[text.index("squares (M = N = K)") :]
+    assert lines_of(squares, "burst GEMM, against dense int8 and bf16:")[2:6] == [
+        "| type | pattern | bound | M=64 | M=128 | M=256 | M=4096 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| int8 | 2:4 | 2.00 | 1.01 | 1.01 | 1.03 | 1.41 |",
+        "| int8 | 6:8 | 1.33 | 1.01 | 1.01 | 1.03 | 1.41 |",
+    ]
+    assert "square-64" not in text
+    taken = markdown.breakdown([found])
+    assert len(lines_of(taken, "squares (M = N = K), 6:8, microseconds:")[4:]) == 8
+    speed, stages = (
+        next(chart for chart in charts.charts_of([found]) if chart.name == name)
+        for name in ("speed-squares-hopper-h100", "stages-squares-hopper-h100")
+    )
+    assert speed.title == "hopper against dense: squares (M = N = K) on one H100"
+    assert [point[0] for point in speed.rows[0][0].lines[0].burst] == list(sizes)
+    assert [bar.m for bar in stages.panels[0][1]] == [m for m in sizes for _ in range(2)]
+    auto = read(tmp_path, "b.json", [
+        row("int8", m, "op", "burst", {"auto": 1.2}, model=f"square-{m}", layers=["square"],
+            us={"auto": 1.0, "dense": 1.2}, layer_how={"auto": {"square": "hopper"}})
+        for m in sizes], what="pipeline")  # fmt: skip
+    shown = markdown.auto_against_dense([auto])
+    assert "| int8 | 6:8 | 1.33 | 1.20 | 1.20 | 1.20 | 1.20 |" in shown
+    assert shown.startswith("squares (M = N = K), burst:")
+
+
 def test_rates_are_of_the_largest_launches(tmp_path):
     shutil.copy(ROOT / "benchmarks" / "results" / "quantize-h200.json", tmp_path)
     found = results.read_result(tmp_path / "quantize-h200.json")

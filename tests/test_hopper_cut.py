@@ -301,7 +301,7 @@ def test_tiles_have_every_channel(n, config):
     assert channels >= set(range(n))
 
 
-def test_few_tokens_share_k_and_many_do_not():
+def test_few_tokens_share_k_and_many_of_a_large_weight_do_not():
     few, many = configurations(4096, 8192, 16, 132), configurations(4096, 8192, 4096, 132)
     assert all(config.k_groups for config in few)
     assert not any(config.k_groups for config in many)

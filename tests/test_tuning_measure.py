@@ -208,14 +208,38 @@ def test_a_backend_that_breaks_is_out_everywhere(gpu_machine: Machine, forms: Gp
         times(forms)
 
 
-def test_everything_is_compiled_before_anything_is_measured(
+def test_kernels_are_compiled_together_before_they_are_measured(
     gpu_machine: Machine, forms: GpuForms
 ) -> None:
+    """Of two numbers of tokens, and then of as many again as are done."""
+    gpu_machine.most = {"dense": 300}
+    times(forms)
+    order, ahead = coarse_first(BUCKETS), iter(gpu_machine.ahead)
+    starts = (0, 2, 4, 8, 16)
+    for start, end in zip(starts, (*starts[1:], len(order)), strict=True):
+        part = order[start:end]
+        for name in gpu_machine.names:
+            own = {300 if m > 300 else m for m in part} | {m % 300 for m in part if m > 300}
+            wanted = sorted((own if name == "dense" else set(part)) - {0})
+            assert next(ahead)[:3] == (name, wanted, "bfloat16")
+    assert next(ahead, None) is None
+    for name, tokens, _, stepped in gpu_machine.ahead:
+        before = [row[1] for row in gpu_machine.stepped[:stepped] if row[0] == name]
+        assert name == "dense" or not set(tokens) & set(before)
+
+
+def test_little_is_compiled_where_there_is_no_time_to_measure_it(
+    gpu_machine: Machine, forms: GpuForms
+) -> None:
+    times(forms, seconds=0.0)
+    assert [row[:2] for row in gpu_machine.ahead] == [
+        (name, [1, 32_768]) for name in gpu_machine.names
+    ]
+
+
+def test_a_backend_that_does_not_compile_is_out(gpu_machine: Machine, forms: GpuForms) -> None:
     gpu_machine.uncompilable = {"cusparselt"}
     table = times(forms, most_tokens=1024)
-    assert gpu_machine.ahead == [
-        (name, list(buckets_up_to(1024)), "bfloat16", 0) for name in gpu_machine.names
-    ]
     assert table.backends == ("hopper", "dense")
     assert table.refused == {"cusparselt": "it failed: cusparselt does not compile"}
     gpu_machine.uncompilable = set(gpu_machine.names)

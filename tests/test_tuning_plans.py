@@ -234,6 +234,20 @@ def test_each_form_is_prepared_for_its_tokens(gpu_machine: Machine) -> None:
         assert 2000 not in forms["dense"].pinned
 
 
+def test_what_does_not_compile_is_not_prepared(gpu_machine: Machine) -> None:
+    with plan(tuning="measure") as made:
+        gpu_machine.uncompilable = {"hopper"}
+        gpu_machine.stepped.clear()
+        with pytest.raises(ss.CompileError, match="hopper does not compile"):
+            made.prepare([2000, 3000])
+        assert gpu_machine.stepped == []
+        assert not made._prepared["hopper"].pinned & {2000, 3000}
+        gpu_machine.uncompilable.clear()
+        made.prepare([2000, 3000])
+        # The largest workspace is taken first.
+        assert [row[:2] for row in gpu_machine.stepped] == [("hopper", 3000), ("hopper", 2000)]
+
+
 def test_one_run_stays_with_one_form(gpu_machine: Machine) -> None:
     """The rest of a run that is split is not handed to another backend."""
     gpu_machine.most = {"hopper": 256}

@@ -28,6 +28,7 @@ from .workspace import Memory
 __all__ = [
     "GpuBackend",
     "GpuPrepared",
+    "parts_of",
     "refused_format",
     "round_up",
     "to_gpu",
@@ -43,6 +44,11 @@ _ALIGNMENT = 256
 def round_up(value: int, multiple: int) -> int:
     """``value`` rounded up to a multiple."""
     return -(-value // multiple) * multiple
+
+
+def parts_of(tokens: int, most: int) -> set[int]:
+    """The numbers of tokens of the launches of a run that takes at most ``most`` at a time."""
+    return {min(tokens, most), tokens % most} - {0}
 
 
 class GpuPrepared(ABC):

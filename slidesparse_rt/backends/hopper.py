@@ -141,7 +141,7 @@ class HopperPrepared(GpuPrepared):
 
     def compile_ahead(self, tokens: Iterable[int], kind: ArrayType) -> None:
         """Every kernel that is going to be timed."""
-        # Without the lock, which is held while a bucket is timed: at worst a kernel more.
+        # Without the lock, which is held while a bucket is timed: at worst that bucket's again.
         known = self.device.choices
         buckets = {token_bucket(count) for count in tokens}
         kernels_of(self.device.index).compile_ahead(

@@ -36,7 +36,7 @@ _STAGE_ALIGNMENT = 1024
 _MOST_STAGES = 16
 #: Shared memory in which a warp keeps what it works on.
 _ITEM_BYTES = 32
-#: Tokens of tiles where there are few, up to so many.
+#: Tokens of tiles where there are few, up to so many, or few tiles.
 _LOW_TILES = (16, 32, 64, 128)
 _HIGH_TILES = (128, 160, 192, 208)
 #: Those of tiles of 128 channels, and the number of tokens from which on each is worth a try where
@@ -390,7 +390,8 @@ def configurations(n: int, slid_bytes: int, tokens: int, sm_count: int) -> list[
     """Configurations worth timing for ``n`` channels and ``tokens`` tokens, at least one.
 
     Few tokens are limited by reading the weight, so tiles are low; many tokens by shared memory, so
-    tiles are as large as registers allow.
+    tiles are as large as registers allow; small products by multiprocessors that have no tile, so
+    tiles are as small as leaves one for each.
     """
     if tokens <= _FEW_TOKENS:
         width = next(size for size in _LOW_TILES if size >= tokens)

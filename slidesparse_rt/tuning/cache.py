@@ -39,8 +39,9 @@ _LIBRARIES = ("cusparseLt", "cublasLt", "nvrtc")
 #: how products are cut (3: blocks share tiles in two ways, by the number of tokens; 4: or as
 #: clusters), for how many tokens backends choose (5: one and a half times powers of two, too; 6:
 #: from 128 on) and by which times (6: balanced ones; 7: replayed as graphs, with weights out of a
-#: cache that is read and not written, and more tiles; 8: few tokens behind their quantize kernel).
-_RULES = 8
+#: cache that is read and not written, and more tiles; 8: few tokens behind their quantize kernel;
+#: 9: tiles of 64 channels for more products).
+_RULES = 9
 #: Sources of the kernels that are in what is measured.
 _SOURCES = ("quantize_lift.cu", "dequantize.cu", "hopper_gemm.cu")
 

@@ -22,7 +22,7 @@ from typing import Any
 from ..backends.cold import COLD_TOKENS, cold_cache, is_cold
 from ..backends.gpu_device import working_on
 from ..backends.gpu_forms import BROKEN, GpuForms
-from ..backends.gpu_gemm import GpuPrepared
+from ..backends.gpu_gemm import GpuPrepared, parts_of
 from ..backends.gpu_step import Step
 from ..backends.timing import balanced, captured, repeats_of, shuffled_rounds
 from ..backends.workspace import Workspace
@@ -205,13 +205,17 @@ class _Bench:
         found: dict[int, dict[str, float]] = {}
         memory: DeviceMemoryError | None = None
         order = [m for m in coarse_first(self._settings.buckets) if m in self._buckets]
-        self._each(self._able, lambda name: self._forms[name].compile_ahead(order, _BF16))
+        compiled = 0
         for done, tokens in enumerate(order):
             spent = seconds is not None and time.monotonic() - started >= seconds
             if spent and len(found) >= _LEAST:
                 break
             if progress is not None:
                 progress(f"{self._n} x {self._k}, M = {tokens}", done, len(self._buckets))
+            if done == compiled:
+                # As many again as are done: where time runs out little is compiled for nothing.
+                compiled = max(_LEAST, 2 * done)
+                self._compile(order[done:compiled])
             if done and tokens < order[done - 1]:
                 self._recover()
             try:
@@ -234,6 +238,17 @@ class _Bench:
             self._settings.emptied_up_to,
             now.isoformat(timespec="seconds"),
         )
+
+    def _compile(self, numbers: Sequence[int]) -> None:
+        """Compile what runs of so many tokens may need, side by side."""
+
+        def compile_one(name: str) -> None:
+            form = self._forms[name]
+            most = form.most_tokens(self._limit)
+            parts = set().union(*(parts_of(tokens, most) for tokens in numbers))
+            form.compile_ahead(parts, _BF16)
+
+        self._each(self._able, compile_one)
 
     def _recover(self) -> None:
         """Let clocks rise again: the GPU reads, which needs less power than multiplying."""

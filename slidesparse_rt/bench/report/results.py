@@ -209,11 +209,11 @@ def by_model(rows: Measured) -> dict[str, Measured]:
     squares = set(expanded((SQUARES,)))
     for key, case in rows.items():
         found.setdefault(SQUARES if key.model in squares else key.model, {})[key] = case
-    order = [*MODELS, SQUARES]
+    order = list(MODELS)
 
-    def place(name: str) -> int:
+    def place(name: str) -> tuple[bool, int]:
         known = name.partition(" (")[0]  # without its layers
-        return order.index(known) if known in order else len(MODELS)
+        return name == SQUARES, order.index(known) if known in order else len(order)
 
     return dict(sorted(found.items(), key=lambda item: place(item[0])))
 
