@@ -235,19 +235,30 @@ def test_auto_orders_the_gpu_backends_by_pattern_and_architecture(
     from slidesparse_rt.backends import Problem, _order
     from slidesparse_rt.dtypes import operand
 
-    def order(pattern: str, capability: tuple[int, int]) -> list[str]:
+    def order(pattern: str, capability: tuple[int, int], dtype: str = "int8") -> list[str]:
         gpu = DeviceInfo(0, "GPU", capability, 132, 1 << 37, "GPU-0")
         monkeypatch.setattr(backends, "probe", lambda: DriverReport("13.0", (gpu,), None))
-        problem = Problem(64, 64, ss.Pattern.parse(pattern), operand("int8"))
+        problem = Problem(64, 64, ss.Pattern.parse(pattern), operand(dtype))
         names, why = _order(problem, Device("cuda"))
         assert why.startswith("by rule")
-        assert ("Hopper" in why) == (names.index("dense") < names.index("cusparselt"))
+        if pattern == "dense":
+            assert "no zeros to skip" in why
+        else:
+            assert ("Hopper" in why) == (names.index("dense") < names.index("cusparselt"))
+            assert (" in bf16" in why) == (names[0] == "dense")
         return names
 
     sparse_first = ["hopper", "cusparselt", "dense", "reference"]
-    dense_first = ["hopper", "dense", "cusparselt", "reference"]
-    assert order("2:4", (9, 0)) == sparse_first
-    for pattern in ("4:6", "6:8", "30:32", "dense"):
-        assert order(pattern, (9, 0)) == dense_first
-        for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
-            assert order(pattern, capability) == sparse_first
+    ours_first = ["hopper", "dense", "cusparselt", "reference"]
+    dense_first = ["dense", "hopper", "cusparselt", "reference"]
+    others = ((8, 0), (8, 9), (10, 0), (12, 0))
+    for dtype in ("int8", "fp8_e4m3", "bf16", "fp16"):
+        assert order("2:4", (9, 0), dtype) == sparse_first
+        assert order("4:6", (9, 0), dtype) == ours_first
+        for pattern in ("6:8", "8:10", "30:32"):
+            wanted = dense_first if dtype == "bf16" else ours_first
+            assert order(pattern, (9, 0), dtype) == wanted
+            for capability in others:
+                assert order(pattern, capability, dtype) == sparse_first
+        for capability in ((9, 0), *others):
+            assert order("dense", capability, dtype) == dense_first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from ..arrays import Device
@@ -49,6 +50,9 @@ _ROWS = {
 }
 #: Major compute capability of the H100 and the H200.
 _HOPPER = 9
+#: The least N/(N-1) of patterns with which "hopper" was faster than "dense" for most numbers of
+#: tokens on such a GPU, of operand formats where that is not every pattern (docs/performance.md).
+_HOPPER_GAINS = {"bf16": Fraction(3, 2)}
 #: The backend and the operand format for which ``PlanOptions(fuse_channel_scales=True)`` exists.
 _FUSING = ("cusparselt", "int8")
 #: What ``backend=`` takes.
@@ -153,15 +157,24 @@ def _order(problem: Problem, device: Device) -> tuple[list[str], str]:
 
     A rule for where nothing is measured (docs/performance.md has the measurements that it was made
     from, docs/tuning.md what takes its place): the kernel written for a GPU first.  On a Hopper GPU
-    where that cannot run, the lifted cuSPARSELt pipeline is slower than the dense one for patterns
-    milder than 2:4.
+    the lifted cuSPARSELt pipeline is slower than the dense one for patterns milder than 2:4, and in
+    bf16 so is our own for those milder than 4:6, but for few tokens.
     """
-    if device.kind == "cuda" and problem.pattern.expansion > 1:
+    pattern, dtype = problem.pattern, problem.dtype.name
+    if device.kind == "cuda" and pattern.expansion > 1:
+        if pattern.speed_bound <= 1:
+            return ["dense", "hopper", "cusparselt", "reference"], (
+                f"by rule: dense goes first for the pattern {pattern.name}, as there are no zeros "
+                "to skip"
+            )
         known = [row for row in probe().devices if row.index == device.index]
         if known and known[0].compute_capability[0] == _HOPPER:
-            return ["hopper", "dense", "cusparselt", "reference"], (
-                "by rule: on a Hopper GPU hopper, then dense, go before cusparselt "
-                f"for {problem.pattern.name} (docs/performance.md)"
+            order, of_format = ["hopper", "dense"], ""
+            if pattern.speed_bound < _HOPPER_GAINS.get(dtype, 1):
+                order, of_format = ["dense", "hopper"], f" in {dtype}"
+            return [*order, "cusparselt", "reference"], (
+                f"by rule: on a Hopper GPU {order[0]}, then {order[1]}, go before cusparselt "
+                f"for {pattern.name}{of_format} (docs/performance.md)"
             )
     return list(_ROWS), "by rule: the first that can run"
 

@@ -380,12 +380,14 @@ def counters_of(plan):
     return found
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "6:8", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:6", "6:8", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_auto_picks_it_and_says_so(pattern, dtype):
+    """Where nothing is measured: but where the rule says that dense is faster."""
     w, x = weight(0, 160, 352, pattern), data(1, (33, 352), "bfloat16")
     with ss.SparseGemmPlan(w, pattern, dtype=dtype, device="cuda") as plan:
-        assert plan.backend == "hopper"
+        slower = pattern == "dense" or (pattern, dtype) == ("6:8", "bf16")
+        assert plan.backend == ("dense" if slower else "hopper")
         assert "hopper" in plan.explain()
         y = to_host(plan.run(to_torch(x)))
         assert_near(y, w, x, dtype)
