@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -256,6 +256,49 @@ def test_the_page_of_the_kernel_says_what_it_reaches_on_an_h200(
         found = [own(many, "sustained", of="gemm"), own(many, "sustained"), own(2048, "sustained")]
         found += [own(m, "burst") for m in (16, 128, 256)]
         assert f"| {model} | {pattern} | {' | '.join(map(' / '.join, found))} |" in page
+
+
+def test_the_page_of_the_kernel_says_what_few_tokens_and_small_products_reach() -> None:
+    page = (ROOT / "docs" / "hopper-kernel.md").read_text(encoding="utf-8")
+    text = " ".join(page[page.index("- **Few tokens** (16") : page.index("Commits: the")].split())
+    eight, models = ("int8", "fp8_e4m3"), ("qwen2.5-7b", "llama-3.2-3b", "qwen2.5-14b")
+    rows = products_of("h200")
+
+    def found(over: str, **wanted: Sequence[Any]) -> dict[Key, float]:
+        return {
+            key: case.row[over]["hopper"]
+            for key, case in rows.items()
+            if key.mode == "burst"
+            and all(getattr(key, name) in values for name, values in wanted.items())
+        }
+
+    def span(values: Mapping[Key, float]) -> str:
+        return f"{min(values.values()):.2f} to {max(values.values()):.2f}"
+
+    def better(**wanted: Sequence[Any]) -> dict[Key, float]:
+        return found("ratio_best_8bit", dtype=eight, **wanted)
+
+    targets = {"2:4": 1.15, "4:6": 1.05, "6:8": 1.0, "8:10": 1.0}
+    few = better(model=models, m=(16, 64, 128, 256), stage=["op"], pattern=list(targets))
+    assert len(few) == 96
+    missed = {key: value for key, value in few.items() if value < targets[key.pattern]}
+    ((key, value),) = missed.items()
+    assert key[:4] == ("qwen2.5-14b", "8:10", "fp8_e4m3", 256)
+    assert f"{value:.3f} of 1.00" in text
+    more = better(model=models, m=[512], stage=["op"], pattern=["8:10"])
+    worst = [f"{more.pop(Key('qwen2.5-7b', '8:10', d, 512, 'op', 'burst')):.2f}" for d in eight]
+    assert f"8:10 of Qwen2.5-7B is at {' and '.join(worst)}, of the others at {span(more)}" in text
+    alone = better(model=models, m=(128, 256), stage=["gemm"], pattern=["4:6", "6:8", "8:10"])
+    assert f"at {span(alone)} of the better dense product" in text
+    squares = [f"square-{1 << power}" for power in range(6, 11)]
+    small = {"model": squares, "stage": ["op"], "pattern": ["6:8"]}
+    assert f"at 6:8 is {span(better(**small))} times as fast" in text
+    assert f"ours two, is at {span(found('ratio', dtype=['bf16'], **small))}, and" in text
+    layers = found(
+        "ratio", dtype=["bf16"], model=("llama-3.2-1b", "bitnet-2b"), m=(256, 512), stage=["op"],
+        pattern=["6:8"],
+    )  # fmt: skip
+    assert f"with 256 and 512 tokens at {span(layers)} " in text
 
 
 def test_the_page_of_tuning_says_how_far_auto_was_from_the_fastest() -> None:
