@@ -73,7 +73,7 @@ def test_a_layer_is_measured_shown_and_kept(machine: Machine, run: Any) -> None:
     assert folder is not None
     (path,) = folder.iterdir()
     assert f"kept in {path}" in out
-    assert "1 weights in" in out
+    assert "1 weight in" in out
     assert "on a stand-in" in out
     assert machine.made == [(8, 16), "closed"]  # type: ignore[attr-defined]
     assert Weight.open == 0
@@ -100,6 +100,40 @@ def test_json(machine: Machine, run: Any) -> None:
     assert first["refused"] == {"cusparselt": "it is hidden"}
     assert first["path"] != second["path"]
     assert (report["left_out"], report["unfinished"]) == ([], [])
+
+
+def test_what_no_backend_runs_does_not_hide_the_rest(
+    machine: Machine, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able = machine.able
+
+    def some(names: Any, problem: Any, device: Any) -> Any:
+        return able([] if problem.dtype.name == "fp8_e4m3" else names, problem, device)
+
+    monkeypatch.setattr(select, "able", some)
+    code, out, err = run("tune", 8, 16, "--dtype", "fp8_e4m3,int8")
+    assert (code, err) == (1, "")
+    assert "8 x 16, 6:8, int8: weight" in out
+    assert "8 x 16, 6:8, fp8_e4m3: not measured: no backend can run a 6:8 fp8_e4m3 weight" in out
+    code, out, _ = run("tune", 8, 16, "--dtype", "fp8_e4m3,int8", "--json")
+    report = json.loads(out)
+    assert code == 1
+    assert [row["dtype"] for row in report["weights"]] == ["int8"]
+    assert list(report["failed"]) == ["8 x 16, 6:8, fp8_e4m3"]
+    code, out, err = run("tune", 8, 16, "--dtype", "fp8_e4m3")
+    assert (code, out) == (1, "")
+    assert "no backend can run a 6:8 fp8_e4m3 weight" in err
+    assert Weight.open == 0
+
+
+def test_without_memory_for_many_tokens(machine: Machine, run: Any) -> None:
+    machine.gpu.room = 5000 * 16 * 2
+    for _ in range(2):  # the second finds no memory for anything that is missing
+        code, out, _ = run("tune", 8, 16)
+        assert code == 0
+        assert "8 x 16, 6:8, int8: measured in part: no memory; run it again to go on" in out
+    code, out, _ = run("tune", 8, 16, "--time-budget", 30)
+    assert "measured in part: no memory, or the time budget is spent; run it again" in out
 
 
 def test_squares_are_allowed_as_the_error_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -20,6 +21,7 @@ from slidesparse_rt import gpu_route, gpu_run
 from slidesparse_rt.backends import BACKENDS, GPU_BACKENDS, Problem, _order, able
 from slidesparse_rt.dtypes import operand
 from slidesparse_rt.tuning import BUCKETS, select
+from slidesparse_rt.tuning.cache import TableCache
 from slidesparse_rt.tuning.measure import MeasureOptions
 
 WEIGHT = fitted("6:8", N, K)
@@ -91,9 +93,82 @@ def test_what_was_cut_short_goes_on(gpu_machine: Machine, monkeypatch: pytest.Mo
     assert all(set(some) < set(more) for some, more in itertools.pairwise(seen))
     with plan() as made:
         assert (
-            f"tuning: 8 of {len(BUCKETS)} numbers of tokens are measured, up to 32,768; above that "
+            f"tuning: 8 of {len(BUCKETS)} numbers of tokens are measured, up to 32,768; times between "
+            "are guessed from those beside, and tuning='measure' goes on"
+        ) in made.explain()
+
+
+@pytest.mark.parametrize("reason", ["memory", "one backend's memory", "broken", "unpackable"])
+def test_what_cannot_go_on_leaves_what_is_kept(
+    gpu_machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    reason: str,
+) -> None:
+    if reason == "memory":
+        gpu_machine.gpu.room = 5000 * K * 2
+    elif reason == "one backend's memory":
+        gpu_machine.unchosen = {("cusparselt", m) for m in BUCKETS if m >= 1024}
+    else:
+        monkeypatch.setattr(select, "_PLAN_SECONDS", 0.0)
+    with plan(tuning="measure") as made:
+        first = made.timings
+        assert first is not None
+        assert 0 < len(first) < len(BUCKETS)
+    if reason == "broken":
+        gpu_machine.broken = dict.fromkeys(gpu_machine.names, 16)
+    elif reason == "unpackable":
+        gpu_machine.unpackable = {
+            name: ss.DeviceMemoryError("full") for name in ("cusparselt", "hopper", "dense")
+        }
+    caplog.clear()
+    if reason == "unpackable":  # not even what is kept can run
+        with pytest.raises(ss.DeviceMemoryError, match="full"):
+            plan(tuning="measure")
+    else:
+        with plan(tuning="measure") as made:
+            assert made.timings == first
+    assert f"{len(BUCKETS) - len(first)} numbers of tokens are not measured: " in caplog.text
+    with contextlib.ExitStack() as held:  # and nothing was lost
+        gpu_machine.unpackable = {}
+        assert held.enter_context(plan()).timings == first
+
+
+def test_up_to_how_many_tokens_it_is_measured(gpu_machine: Machine) -> None:
+    gpu_machine.gpu.room = 5000 * K * 2
+    with plan(tuning="measure") as made:
+        assert (
+            f"tuning: 25 of {len(BUCKETS)} numbers of tokens are measured, up to 4,096; above that "
             "runs what was fastest there, and tuning='measure' goes on"
         ) in made.explain()
+
+
+def test_threads_measure_one_after_the_other(
+    gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_machine.gpu.measuring = threading.Lock()
+    inside: list[bool] = []
+
+    class Watched(TableCache):
+        def load(self, key: Any) -> Any:
+            inside.append(gpu_machine.gpu.measuring.locked())
+            return super().load(key)
+
+    tables = Watched(gpu_machine.tables.folder)
+    monkeypatch.setattr(select, "default_cache", lambda: tables)
+    gpu_machine.gpu.measuring.acquire()
+    made: list[Any] = []
+    thread = threading.Thread(target=lambda: made.append(plan(tuning="measure")))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()  # it waits
+    assert gpu_machine.packs == inside == []
+    gpu_machine.gpu.measuring.release()
+    thread.join()
+    assert inside[0]
+    assert made[0].timings is not None
+    made[0].close()
+    assert not gpu_machine.gpu.measuring.locked()
 
 
 @pytest.mark.parametrize(

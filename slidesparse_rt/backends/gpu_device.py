@@ -115,6 +115,8 @@ class GpuDevice:
     choices:
         What a search or measurement chose, by problem: shared, so that equal layers of a model are
         searched once.
+    measuring:
+        Held by whoever measures backends against each other: two at a time would disturb each other.
     """
 
     def __init__(self, index: int) -> None:
@@ -134,7 +136,7 @@ class GpuDevice:
         self.memory_bytes: int = properties["totalGlobalMem"]
         #: Bytes of the level-2 cache.
         self.l2_bytes: int = properties["l2CacheSize"]
-        self.lock = threading.Lock()
+        self.lock, self.measuring = threading.Lock(), threading.Lock()
         self.choices: dict[tuple[object, ...], Any] = {}
 
     @property

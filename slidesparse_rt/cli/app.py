@@ -323,6 +323,8 @@ def tune(
             progress=progress.reached,
         )
     _show(report, as_json)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 class _Report(Protocol):

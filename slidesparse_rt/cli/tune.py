@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from ..arrays import Device
 from ..backends import Problem
 from ..backends.base import RawWeight
 from ..dtypes import Operand, operand
-from ..errors import BackendUnavailable, OptionError
+from ..errors import BackendUnavailable, OptionError, first_line
 from ..options import PlanOptions
 from ..pattern import Pattern
 from ..tuning.measure import MeasureOptions, Progress
@@ -59,7 +59,8 @@ class TuneReport:
     """Everything that was measured.
 
     ``left_out`` names the weights for which the time budget was too short, ``unfinished`` those of
-    which only some numbers of tokens were measured.
+    which only some numbers of tokens were measured, for want of memory, or of time where it was
+    ``limited``.  ``failed`` has the weights that no backend could run, and why.
     """
 
     gpu: str
@@ -67,6 +68,8 @@ class TuneReport:
     left_out: tuple[str, ...]
     unfinished: tuple[str, ...]
     seconds: float
+    limited: bool = False
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain dictionaries, lists, strings and numbers."""
@@ -76,6 +79,7 @@ class TuneReport:
             "weights": [row.to_json() for row in self.rows],
             "unfinished": list(self.unfinished),
             "left_out": list(self.left_out),
+            "failed": dict(self.failed),
         }
 
     def render(self, screen: Console) -> None:
@@ -98,13 +102,17 @@ class TuneReport:
             where = "kept nowhere" if row.path is None else f"kept in {row.path}"
             screen.print(f"  {where}", soft_wrap=True)
             screen.print()
-        screen.print(f"{len(self.rows)} weights in {self.seconds:.1f} s on {self.gpu}")
+        many = "" if len(self.rows) == 1 else "s"
+        screen.print(f"{len(self.rows)} weight{many} in {self.seconds:.1f} s on {self.gpu}")
+        short = "no memory, or the time budget is spent" if self.limited else "no memory"
         for what, names in (
-            ("measured in part: the time budget is spent; run it again to go on", self.unfinished),
+            (f"measured in part: {short}; run it again to go on", self.unfinished),
             ("not measured: the time budget is spent; run it again to go on", self.left_out),
         ):
             for name in names:
                 screen.print(styled(f"{name}: {what}", "yellow"), soft_wrap=True)
+        for name, why in self.failed.items():
+            screen.print(styled(f"{name}: not measured: {why}", "red"), soft_wrap=True)
 
 
 def wanted_layers(names: Sequence[str], layers: Sequence[str] | None) -> list[Layer]:
@@ -176,9 +184,10 @@ def run_tune(
         Without a GPU; names everything that is missing.
     OptionError, DTypeError, PatternError
         For names that do not exist.
-    DeviceMemoryError, LibraryError
-        As :func:`~slidesparse_rt.tuning.select.tune` raises them.
+    BackendUnavailable, DeviceMemoryError, LibraryError, CompileError
+        As :func:`~slidesparse_rt.tuning.select.tune` raises them, if every weight failed: the first.
     """
+    from ..backends.gpu_forms import BROKEN
     from ..bench.timing import Gpu, require_gpu
 
     rows = [operand(name) for name in dtypes]
@@ -203,6 +212,7 @@ def run_tune(
     found: list[Row] = []
     left_out: list[str] = []
     unfinished: list[str] = []
+    failed: dict[str, Exception] = {}
     gpu = Gpu(device)
     try:
         with gpu.active():
@@ -217,26 +227,34 @@ def run_tune(
                         continue
                     # Those to come get their share.
                     left = max(0.0, left) / (len(jobs) - number)
-                made = _tune_one(
-                    gpu,
-                    problem,
-                    _settings(settings, left),
-                    options,
-                    bias=bias,
-                    again=again,
-                    progress=_shifted(progress, title, number, len(jobs)),
-                )
+                try:
+                    made = _tune_one(
+                        gpu,
+                        problem,
+                        _settings(settings, left),
+                        options,
+                        bias=bias,
+                        again=again,
+                        progress=_shifted(progress, title, number, len(jobs)),
+                    )
+                except BROKEN as error:
+                    failed[title] = error
+                    continue
                 found.append(Row(names, problem, *made, options.keep_dense))
                 if not set(settings.buckets) <= set(made[0].tokens):
                     unfinished.append(title)
     finally:
         gpu.close()
+    if failed and not found:
+        raise next(iter(failed.values()))
     return TuneReport(
         gpu.name,
         tuple(found),
         tuple(left_out),
         tuple(unfinished),
         time.monotonic() - started,
+        settings.seconds is not None,
+        {title: first_line(error) for title, error in failed.items()},
     )
 
 

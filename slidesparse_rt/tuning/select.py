@@ -218,9 +218,10 @@ def tune(
     PatternError, NonFiniteError, ShapeError, DTypeError, ArrayError, DeviceError
         If the weight is not as described.
     DeviceMemoryError, LibraryError, CompileError
-        If every backend failed.
+        If every backend failed, and no times are kept.
     """
-    from ..backends.gpu_forms import pack_forms
+    from ..backends.gpu_device import gpu_device
+    from ..backends.gpu_forms import BROKEN, pack_forms
     from .measure import measure
 
     if cache is None:
@@ -228,38 +229,53 @@ def tune(
     backends, refused = able(GPU_BACKENDS, problem, device)
     if not backends:
         raise unavailable("auto", problem, device, refused)
-    key = _key(bias, problem, device, options, x_scale)
-    older = None if again else cache.load(key)
-    if older is not None and settings.cold_tokens not in (None, older.cold_tokens):
-        raise OptionError(
-            f"cold_tokens is {settings.cold_tokens}, but times are kept for "
-            f"{len(older.tokens)} numbers of tokens that were taken with {older.cold_tokens}; "
-            f"leave cold_tokens out, or measure all again (again=True, `slidesparse tune --again`)"
-        )
-    if older is not None:
-        settings = replace(settings, cold_tokens=older.cold_tokens)
-    known = () if older is None else older.tokens
-    missing = [tokens for tokens in settings.buckets if tokens not in known]
-    if older is not None and not missing:
-        if progress is not None:
-            progress("", len(settings.buckets), len(settings.buckets))
-        return Tuned(None, older, cache.path(key))
-    forms = pack_forms(
-        list(backends.values()), source, bias, device, options, x_scale=x_scale, strict=False
-    )
-    try:
-        found = measure(
-            forms, options.workspace_limit, settings, buckets=missing, progress=progress
-        )
-        table = Table(found.times, {**refused, **found.refused}, found.cold_tokens, found.taken)
-        if any(isinstance(error, DeviceMemoryError) for error in forms.failed.values()):
-            # A GPU that was full says nothing about the next time.
-            return Tuned(forms, table if older is None else table.merged(older), None)
-        table, path = cache.save(key, table, replace=older is None)
-        return Tuned(forms, table, path)
-    except BaseException:
-        forms.close()
-        raise
+    # Whoever waits finds what was measured meanwhile.
+    with gpu_device(device.index).measuring:
+        key = _key(bias, problem, device, options, x_scale)
+        older = None if again else cache.load(key)
+        if older is not None and settings.cold_tokens not in (None, older.cold_tokens):
+            raise OptionError(
+                f"cold_tokens is {settings.cold_tokens}, but times are kept for "
+                f"{len(older.tokens)} numbers of tokens that were taken with {older.cold_tokens}; "
+                "leave cold_tokens out, or measure all again (again=True, `slidesparse tune "
+                "--again`)"
+            )
+        if older is not None:
+            settings = replace(settings, cold_tokens=older.cold_tokens)
+        known = () if older is None else older.tokens
+        missing = [tokens for tokens in settings.buckets if tokens not in known]
+        if older is not None and not missing:
+            if progress is not None:
+                progress("", len(settings.buckets), len(settings.buckets))
+            return Tuned(None, older, cache.path(key))
+        forms: GpuForms | None = None
+        try:
+            forms = pack_forms(
+                list(backends.values()),
+                source,
+                bias,
+                device,
+                options,
+                x_scale=x_scale,
+                strict=False,
+            )
+            found = measure(
+                forms, options.workspace_limit, settings, buckets=missing, progress=progress
+            )
+            table = Table(found.times, {**refused, **found.refused}, found.cold_tokens, found.taken)
+            if any(isinstance(error, DeviceMemoryError) for error in forms.failed.values()):
+                # A GPU that was full says nothing about the next time.
+                return Tuned(forms, table if older is None else table.merged(older), None)
+            table, path = cache.save(key, table, replace=older is None)
+            return Tuned(forms, table, path)
+        except BaseException as error:
+            if forms is not None:
+                forms.close()
+            if older is None or not isinstance(error, BROKEN):
+                raise
+            # What is kept makes nothing fail.
+            _LOG.warning("%d numbers of tokens are not measured: %s", len(missing), error)
+            return Tuned(None, older, cache.path(key))
 
 
 def _advice(
@@ -409,11 +425,13 @@ def _selected(
 ) -> Selected:
     others = {**table.refused, **refused}
     hints = [f"tuning: {where}"]
-    if set(BUCKETS) - set(table.tokens):
+    missing, most = set(BUCKETS) - set(table.tokens), table.tokens[-1]
+    if missing:
+        between = "" if min(missing) > most else "times between are guessed from those beside, "
+        above = "above that runs what was fastest there, " if most < BUCKETS[-1] else ""
         hints.append(
             f"tuning: {len(table.tokens)} of {len(BUCKETS)} numbers of tokens are measured, up to "
-            f"{table.tokens[-1]:,}; above that runs what was fastest there, and tuning='measure' "
-            "goes on"
+            f"{most:,}; {between}{above}and tuning='measure' goes on"
         )
     if any(why.startswith(FAILED) for why in table.refused.values()):
         hints.append("tuning: `slidesparse tune --again` tries again what failed")
