@@ -201,7 +201,8 @@ class SparseGemmPlan:
         return self._selected.backends
 
     def backend_for(self, tokens: int) -> str:
-        """Name of the backend that runs for ``tokens`` tokens (M)."""
+        """Name of the backend that runs for ``tokens`` tokens (M); OptionError for less than 0."""
+        _check_tokens("tokens is", tokens, 0)
         return self._selected.at(tokens)
 
     @property
@@ -368,10 +369,14 @@ class SparseGemmPlan:
         """
         if self._closed:
             raise PlanClosed("this plan is closed; make a new SparseGemmPlan")
+        if not isinstance(tokens, Iterable):
+            raise OptionError(
+                f"tokens is {tokens!r}; allowed is a list of whole numbers from 1 on, such as "
+                "tokens=[1, 64]"
+            )
         wanted = list(tokens)
         for count in wanted:
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise OptionError(f"tokens holds {count!r}; allowed are whole numbers from 1 on")
+            _check_tokens("tokens holds", count, 1)
         kind = array_type(x_dtype)
         if self._on_gpu:
             self._runner.prepare(wanted, kind, self._out_type or kind, stream)
@@ -473,6 +478,12 @@ class SparseGemmPlan:
         backend = self._backend
         config = backend.candidates(self._problem)[0]
         backend.launch(self._prepared, x, out, kind, None, 0, config)
+
+
+def _check_tokens(what: str, count: object, least: int) -> None:
+    """Raise OptionError for a number of tokens that there cannot be."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise OptionError(f"{what} {count!r}; allowed are whole numbers from {least} on")
 
 
 def _stream_on_cpu() -> OptionError:

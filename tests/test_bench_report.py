@@ -160,6 +160,34 @@ def test_what_is_no_result_is_refused_by_name(tmp_path):
 # ------------------------------------------------------------------------------------------- tables
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("us", {"hopper": "fast", "dense": 1.0}, "us .*; allowed is numbers above 0, by side"),
+        ("us", {"hopper": None, "dense": 1.0}, "numbers above 0, by side"),
+        ("us", {"hopper": 0, "dense": 1.0}, "numbers above 0, by side"),
+        ("us", {"hopper": float("nan"), "dense": 1.0}, "numbers above 0, by side"),
+        ("us", {"hopper": True, "dense": 1.0}, "numbers above 0, by side"),
+        ("ratio", 5, "ratio 5; allowed is numbers above 0, by side"),
+        ("bound", float("inf"), "bound inf; allowed is a number above 0"),
+        ("m", "16", "m '16'; allowed is a whole number from 1 on"),
+        ("m", 16.5, "m 16.5; allowed is a whole number from 1 on"),
+        ("pattern", "3:9", "'3:9'"),
+        ("pattern", 6, "6"),
+        ("dtype", "int4", "'int4' is no operand format"),
+    ],
+)
+def test_values_that_no_benchmark_writes_are_refused_with_the_file(tmp_path, run, key, value, says):
+    good = row("int8", 64, "op", "burst", {"hopper": 1.1})
+    path = write(tmp_path, "a.json", [good, good | {key: value}])
+    with pytest.raises(FormatError, match=rf"a\.json: row 1.*{says}"):
+        results.read_result(path)
+    code, out, err = run("bench", "report", path, "--output", tmp_path / "made")
+    assert (code, out) == (1, "")
+    assert "a.json: row 1" in err
+    assert "fault" not in err
+
+
 def test_efficiency_is_against_two_of_four_in_the_same_file(tmp_path):
     rows = [
         row("int8", 64, "gemm", "burst", {"hopper": 1.8}, pattern="2:4"),

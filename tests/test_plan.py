@@ -351,6 +351,8 @@ def test_prepare_on_the_cpu_checks_its_arguments(small: ss.SparseGemmPlan) -> No
             ss.OptionError, match=f"tokens holds {bad!r}; allowed are whole numbers"
         ):
             small.prepare([bad])  # type: ignore[list-item]
+    with pytest.raises(ss.OptionError, match=r"tokens is 5; allowed is a list .*tokens=\[1, 64\]"):
+        small.prepare(5)  # type: ignore[arg-type]
     with pytest.raises(ss.DTypeError, match="float64"):
         small.prepare([1], x_dtype="float64")
 

@@ -321,6 +321,7 @@ def test_a_time_budget_measures_few_and_many_tokens_first(
     ("settings", "says"),
     [
         ({"most_tokens": 100}, "the largest number of tokens to measure is 100; allowed are 1, 16"),
+        ({"most_tokens": 16.0}, "largest number of tokens to measure is 16.0; allowed are 1, 16"),
         ({"cold_tokens": -1}, "cold_tokens is -1; allowed is a whole number from 0 on"),
         ({"cold_tokens": 1.0}, "cold_tokens is 1.0"),
         ({"rounds": 0}, "rounds is 0; allowed is a whole number from 1 on"),

@@ -93,8 +93,8 @@ def test_what_was_cut_short_goes_on(gpu_machine: Machine, monkeypatch: pytest.Mo
     assert all(set(some) < set(more) for some, more in itertools.pairwise(seen))
     with plan() as made:
         assert (
-            f"tuning: 8 of {len(BUCKETS)} numbers of tokens are measured, up to 32,768; times between "
-            "are guessed from those beside, and tuning='measure' goes on"
+            f"tuning: 8 of {len(BUCKETS)} numbers of tokens are measured, up to 32,768; times "
+            "between are guessed from those beside, and tuning='measure' goes on"
         ) in made.explain()
 
 
@@ -584,6 +584,12 @@ def test_on_the_cpu_there_is_nothing_to_measure() -> None:
             assert (made.backends, made.timings) == (("reference",), None)
             assert made.backend_for(7) == "reference"
             assert "tuning" not in made.explain()
+            for bad in (-1, 1.5, "x", None, True):
+                with pytest.raises(ss.OptionError, match=f"tokens is {bad!r}; allowed are whole"):
+                    made.backend_for(bad)  # type: ignore[arg-type]
+    lean = ss.PlanOptions(keep_dense=False)
+    with ss.SparseGemmPlan(WEIGHT, "6:8", options=lean) as made:
+        assert "refused dense: it runs on a GPU, and the plan is on cpu" in made.explain()
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -87,7 +87,7 @@ def choose(name: str, problem: Problem, device: Device, keep_dense: bool = True)
     does not exist.
     """
     wanted, why = _order(problem, device) if name == "auto" else ([name], "it was asked for")
-    if not keep_dense:
+    if not keep_dense and device.kind == "cuda":
         wanted = sorted(wanted, key=_DENSE.__eq__)
     refused: dict[str, str] = {}
     for place, candidate in enumerate(wanted):

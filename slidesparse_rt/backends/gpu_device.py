@@ -116,7 +116,7 @@ class GpuDevice:
         What a search or measurement chose, by problem: shared, so that equal layers of a model are
         searched once.
     measuring:
-        Held by whoever measures backends against each other: two at a time would disturb each other.
+        Held by whoever measures backends against each other: two would disturb each other.
     """
 
     def __init__(self, index: int) -> None:

@@ -94,7 +94,10 @@ class OverheadSettings:
                 "fill the GPU's queue"
             )
         if self.k % 32 or self.n % 32 or self.m % 32:
-            raise OptionError("m, n and k must be multiples of 32, which PyTorch's calls ask for")
+            raise OptionError(
+                f"m, n and k are {self.m}, {self.n} and {self.k}; allowed are multiples of 32, "
+                "which PyTorch's calls ask for"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the result file."""

@@ -28,6 +28,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -42,9 +43,11 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..dtypes import operand
 from ..errors import BackendUnavailable, FormatError, SlideSparseError
 from ..ffi.driver import probe
 from ..ffi.libraries import Loaded, find, version_text
+from ..pattern import Pattern
 
 __all__ = [
     "FAILURES",
@@ -100,6 +103,17 @@ ROW_KEYS: Mapping[str, frozenset[str]] = {
     "overhead": frozenset({"call", "dtype", "median_us", "minimum_us"}),
     "packing": frozenset({"step", "version", "seconds", "median_seconds", "weights_per_second"}),
 }
+
+#: Of these, whole numbers from 1 on, numbers above 0, and such numbers by side.
+_COUNTS = {"gemm": ("m",), "pipeline": ("m",), "quantize": ("m", "columns")}
+_NUMBERS = {
+    "gemm": ("bound",),
+    "pipeline": ("bound",),
+    "quantize": ("us", "tb_per_s", "of_copy"),
+    "overhead": ("median_us", "minimum_us"),
+    "packing": ("median_seconds", "weights_per_second"),
+}
+_BY_SIDE = {"gemm": ("us", "ratio"), "pipeline": ("us", "ratio")}
 
 
 class WrongOutput(SlideSparseError):
@@ -233,9 +247,39 @@ def check_document(document: Any) -> None:
         missing = sorted(needed - set(row))
         if missing:
             raise FormatError(f"row {index} lacks {', '.join(missing)}")
+        _check_row(document["what"], index, row)
     for entry in document["left_out"]:
         if entry.get("reason") not in LEFT_OUT:
             raise FormatError(f"left_out gives the reason {entry.get('reason')!r}")
+
+
+def _check_row(what: str, index: int, row: Mapping[str, Any]) -> None:
+    """Raise FormatError for a value of a row that no benchmark writes."""
+
+    def refuse(key: str, allowed: str) -> FormatError:
+        return FormatError(f"row {index} has {key} {row[key]!r}; allowed is {allowed}")
+
+    for key in _COUNTS.get(what, ()):
+        if not (_above_zero(row[key]) and isinstance(row[key], int)):
+            raise refuse(key, "a whole number from 1 on")
+    for key in _NUMBERS[what]:
+        if not _above_zero(row[key]):
+            raise refuse(key, "a number above 0")
+    for key in _BY_SIDE.get(what, ()):
+        sides = row[key]
+        if not isinstance(sides, dict) or not all(map(_above_zero, sides.values())):
+            raise refuse(key, "numbers above 0, by side")
+    if what in _BY_SIDE:
+        for key, read in (("pattern", Pattern.parse), ("dtype", operand)):
+            try:
+                read(row[key])
+            except SlideSparseError as error:
+                raise FormatError(f"row {index}: {error}") from None
+
+
+def _above_zero(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < value < math.inf  # type: ignore[operator]  # it is a number
 
 
 def upgraded(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,7 +252,8 @@ def inspect(
 @app.command(
     help="Measure which backend is fastest for how many tokens, and keep the times.\n\n"
     "WHAT is a model (qwen2.5-7b, qwen2.5-14b, llama-3.2-1b, llama-3.2-3b, bitnet-2b), all of "
-    "whose linear layers are measured, or N K: outputs and inputs of one layer. Plans with "
+    "whose linear layers are measured, squares (N = K = 64, 128, ... 16384), or N K: outputs and "
+    "inputs of one layer. Plans with "
     "backend='auto' on such a GPU take the fastest from then on (docs/tuning.md). What is kept "
     "already is not measured again, and what a time budget cut short goes on."
 )

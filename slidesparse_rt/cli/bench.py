@@ -65,7 +65,7 @@ _BACKENDS = Annotated[
 ]
 _SUSTAINED = Annotated[
     bool,
-    typer.Option("--sustained", help="Also measure each side alone, for seconds: see --help."),
+    typer.Option("--sustained", help="Also measure each side alone, for seconds: see above."),
 ]
 _SECONDS = Annotated[
     float, typer.Option(min=0.1, help="Length of one sustained round of one side.")

@@ -185,7 +185,7 @@ def run_tune(
     OptionError, DTypeError, PatternError
         For names that do not exist.
     BackendUnavailable, DeviceMemoryError, LibraryError, CompileError
-        As :func:`~slidesparse_rt.tuning.select.tune` raises them, if every weight failed: the first.
+        As :func:`~slidesparse_rt.tuning.select.tune` raises them, where every weight failed.
     """
     from ..backends.gpu_forms import BROKEN
     from ..bench.timing import Gpu, require_gpu

@@ -42,7 +42,7 @@ _ORDER = ("hopper", "cusparselt", DENSE)
 
 def buckets_up_to(most: int) -> tuple[int, ...]:
     """The :data:`BUCKETS` up to ``most`` tokens, which is one of them; OptionError otherwise."""
-    if isinstance(most, bool) or most not in BUCKETS:
+    if isinstance(most, bool) or not isinstance(most, int) or most not in BUCKETS:
         raise OptionError(
             f"the largest number of tokens to measure is {most!r}; allowed are "
             f"{', '.join(map(str, BUCKETS))}"
