@@ -14,6 +14,7 @@ from fake_tuning import Machine
 from slidesparse_rt.bench import sides, timing
 from slidesparse_rt.bench.shapes import MODELS, Layer, model
 from slidesparse_rt.cli import tune as command
+from slidesparse_rt.errors import LibraryError
 from slidesparse_rt.tuning import BUCKETS, measure, select
 
 
@@ -83,6 +84,14 @@ def test_a_layer_is_measured_shown_and_kept(machine: Machine, run: Any) -> None:
     assert machine.ran() == []
     assert run("tune", 8, 16, "--again")[0] == 0
     assert machine.ran()
+    # What fails is refused from then on, until it is tried again.
+    machine.unpackable = {"hopper": LibraryError("for once")}
+    for _ in range(2):
+        code, out, _ = run("tune", 8, 16, *(["--again"] if machine.unpackable else []))
+        assert code == 0
+        assert "refused hopper: it failed: for once" in out
+        machine.unpackable = {}
+    assert "refused" not in run("tune", 8, 16, "--again")[1]
 
 
 def test_json(machine: Machine, run: Any) -> None:

@@ -465,3 +465,45 @@ def test_a_configuration_is_kept_as_it_was_made():
     assert HopperConfig(64, 2).rows == 256
     assert HopperConfig(64, 2).gather_bytes == 0
     assert replace(config, split=True).shared_bytes == config.shared_bytes
+
+
+def shortly(config):
+    """Channels x tokens, and how K' is shared."""
+    shared = f" wg{config.groups}" if config.k_groups else ""
+    shared += " ranges" if config.even else " last" if config.split else ""
+    shared += f" c{config.cluster}" if config.cluster else ""
+    return f"{config.rows}x{config.tokens}{shared}{' 16' if config.tile_group == 16 else ''}"
+
+
+#: For (N, steps of K', bucket) on 132 multiprocessors; a change here needs a measurement.
+TRIED = {
+    (3584, 21, 16): ("64x16 wg2, 64x16 wg4"),
+    (4608, 21, 192): (
+        "64x128 wg2, 256x128, 256x192, 256x208, 128x128, 64x128 wg2 last, 256x128 c2, 256x128 "
+        "c3, 256x128 last, 256x192 c4, 256x192 c5, 256x192 last"
+    ),
+    (37888, 21, 256): ("64x128 wg2, 256x128, 256x128 last, 256x128 ranges"),
+    (3584, 111, 384): (
+        "256x128, 256x192, 256x208, 128x128, 128x192, 256x128 c2, 256x128 last, 256x192 c3, "
+        "256x192 c4, 256x192 last, 128x128 last, 128x192 c2, 128x192 last"
+    ),
+    (512, 7, 512): (
+        "256x128, 256x192, 64x32 wg2, 64x64 wg2, 128x128, 128x192, 256x128 c2, 256x128 c3, "
+        "256x192 c2, 256x192 c3, 128x128 c2, 128x128 c3, 128x192 c2, 128x192 c3"
+    ),
+    (37888, 21, 1024): (
+        "256x128, 256x160, 256x192, 256x208, 256x128 ranges, 256x160 ranges, 256x192 ranges"
+    ),
+    (4608, 21, 2048): (
+        "256x128, 256x160, 256x192, 256x208, 128x192, 256x128 last, 256x128 ranges, 256x160 "
+        "ranges, 256x192 last, 256x192 ranges, 256x208 16"
+    ),
+    (37888, 21, 16384): ("256x128, 256x160, 256x192, 256x208, 256x208 16"),
+}
+
+
+@pytest.mark.parametrize("case", TRIED, ids=str)
+def test_what_is_tried_for_layers_of_models(case):
+    n, steps, tokens = case
+    found = configurations(n, 256 * steps, tokens, 132)
+    assert ", ".join(map(shortly, found)) == TRIED[case]

@@ -249,6 +249,13 @@ def test_auto_orders_the_gpu_backends_by_pattern_and_architecture(
         return names
 
     sparse_first = ["hopper", "cusparselt", "dense", "reference"]
+    # Another GPU of the machine does not count.
+    two = [DeviceInfo(i, "GPU", (9 - i, 0), 132, 1 << 37, f"GPU-{i}") for i in range(2)]
+    monkeypatch.setattr(backends, "probe", lambda: DriverReport("13.0", tuple(two), None))
+    problem = Problem(64, 64, ss.Pattern.parse("6:8"), operand("int8"))
+    assert ["Hopper" in _order(problem, Device("cuda", i))[1] for i in range(2)] == [True, False]
+    assert _order(problem, Device("cpu"))[1] == "by rule: the first that can run"
+
     ours_first = ["hopper", "dense", "cusparselt", "reference"]
     dense_first = ["dense", "hopper", "cusparselt", "reference"]
     others = ((8, 0), (8, 9), (10, 0), (12, 0))

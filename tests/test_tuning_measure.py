@@ -312,6 +312,10 @@ def test_a_time_budget_measures_few_and_many_tokens_first(
         ("8 x 16, M = 128", 2, len(BUCKETS)),
         ("", len(BUCKETS), len(BUCKETS)),
     ]
+    # What there is no memory for does not count as measured.
+    gpu_machine.unchosen = {("dense", 32_768)}
+    assert times(forms, seconds=0.0).tokens == (1, 128)
+    gpu_machine.unchosen = set()
     # The smallest and the largest are always measured: few tokens say nothing about many.
     assert times(forms, seconds=0.0).tokens == (1, 32_768)
     assert times(forms, seconds=0.0, most_tokens=1).tokens == (1,)
