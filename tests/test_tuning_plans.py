@@ -20,8 +20,7 @@ import slidesparse_rt as ss
 from slidesparse_rt import gpu_route, gpu_run
 from slidesparse_rt.backends import BACKENDS, GPU_BACKENDS, Problem, _order, able
 from slidesparse_rt.dtypes import operand
-from slidesparse_rt.tuning import BUCKETS, select
-from slidesparse_rt.tuning.cache import TableCache
+from slidesparse_rt.tuning import BUCKETS, measure, select
 from slidesparse_rt.tuning.measure import MeasureOptions
 
 WEIGHT = fitted("6:8", N, K)
@@ -146,29 +145,39 @@ def test_up_to_how_many_tokens_it_is_measured(gpu_machine: Machine) -> None:
 def test_threads_measure_one_after_the_other(
     gpu_machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu_machine.gpu.measuring = threading.Lock()
-    inside: list[bool] = []
+    """And find what others have measured, for which nobody waits."""
+    lock = gpu_machine.gpu.measuring = threading.Lock()
+    measured: list[bool] = []
+    take = measure.measure
 
-    class Watched(TableCache):
-        def load(self, key: Any) -> Any:
-            inside.append(gpu_machine.gpu.measuring.locked())
-            return super().load(key)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        measured.append(lock.locked())
+        return take(*arguments, **options)
 
-    tables = Watched(gpu_machine.tables.folder)
-    monkeypatch.setattr(select, "default_cache", lambda: tables)
-    gpu_machine.gpu.measuring.acquire()
-    made: list[Any] = []
-    thread = threading.Thread(target=lambda: made.append(plan(tuning="measure")))
-    thread.start()
-    thread.join(0.2)
-    assert thread.is_alive()  # it waits
-    assert gpu_machine.packs == inside == []
-    gpu_machine.gpu.measuring.release()
-    thread.join()
-    assert inside[0]
-    assert made[0].timings is not None
-    made[0].close()
-    assert not gpu_machine.gpu.measuring.locked()
+    monkeypatch.setattr(measure, "measure", counted)
+    made: list[ss.SparseGemmPlan] = []
+    with lock:
+        threads = [
+            threading.Thread(target=lambda: made.append(plan(tuning="measure"))) for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.2)
+        assert all(thread.is_alive() for thread in threads)  # they wait
+        assert gpu_machine.packs == []
+    for thread in threads:
+        thread.join()
+    assert measured == [True]
+    with lock:  # while somebody measures something else
+        late = threading.Thread(target=lambda: made.append(plan(tuning="measure")))
+        late.start()
+        late.join(30)
+        assert not late.is_alive()
+    assert measured == [True]
+    assert len({str(one.timings) for one in made}) == 1
+    for one in made:
+        one.close()
+    assert not lock.locked()
 
 
 @pytest.mark.parametrize(

@@ -229,25 +229,18 @@ def tune(
     backends, refused = able(GPU_BACKENDS, problem, device)
     if not backends:
         raise unavailable("auto", problem, device, refused)
-    # Whoever waits finds what was measured meanwhile.
+    key = _key(bias, problem, device, options, x_scale)
+    older = None if again else cache.load(key)
+    if older is not None and not _missing(older, settings):
+        return _nothing_left(older, settings, cache.path(key), progress)
     with gpu_device(device.index).measuring:
-        key = _key(bias, problem, device, options, x_scale)
+        # Whoever waited finds what was measured meanwhile.
         older = None if again else cache.load(key)
-        if older is not None and settings.cold_tokens not in (None, older.cold_tokens):
-            raise OptionError(
-                f"cold_tokens is {settings.cold_tokens}, but times are kept for "
-                f"{len(older.tokens)} numbers of tokens that were taken with {older.cold_tokens}; "
-                "leave cold_tokens out, or measure all again (again=True, `slidesparse tune "
-                "--again`)"
-            )
+        missing = _missing(older, settings)
         if older is not None:
+            if not missing:
+                return _nothing_left(older, settings, cache.path(key), progress)
             settings = replace(settings, cold_tokens=older.cold_tokens)
-        known = () if older is None else older.tokens
-        missing = [tokens for tokens in settings.buckets if tokens not in known]
-        if older is not None and not missing:
-            if progress is not None:
-                progress("", len(settings.buckets), len(settings.buckets))
-            return Tuned(None, older, cache.path(key))
         forms: GpuForms | None = None
         try:
             forms = pack_forms(
@@ -276,6 +269,28 @@ def tune(
             # What is kept makes nothing fail.
             _LOG.warning("%d numbers of tokens are not measured: %s", len(missing), error)
             return Tuned(None, older, cache.path(key))
+
+
+def _missing(older: Table | None, settings: MeasureOptions) -> list[int]:
+    """The numbers of tokens that a table lacks; OptionError if it was taken in another way."""
+    if older is None:
+        return list(settings.buckets)
+    if settings.cold_tokens not in (None, older.cold_tokens):
+        raise OptionError(
+            f"cold_tokens is {settings.cold_tokens}, but times are kept for "
+            f"{len(older.tokens)} numbers of tokens that were taken with {older.cold_tokens}; "
+            f"leave cold_tokens out, or measure all again (again=True, `slidesparse tune --again`)"
+        )
+    return [tokens for tokens in settings.buckets if tokens not in older.tokens]
+
+
+def _nothing_left(
+    table: Table, settings: MeasureOptions, path: Path | None, progress: Progress | None
+) -> Tuned:
+    """The outcome where all times are kept."""
+    if progress is not None:
+        progress("", len(settings.buckets), len(settings.buckets))
+    return Tuned(None, table, path)
 
 
 def _advice(
