@@ -161,22 +161,27 @@ def _order(problem: Problem, device: Device) -> tuple[list[str], str]:
     bf16 so is our own for those milder than 4:6, but for few tokens.
     """
     pattern, dtype = problem.pattern, problem.dtype.name
-    if device.kind == "cuda" and pattern.expansion > 1:
-        if pattern.speed_bound <= 1:
-            return ["dense", "hopper", "cusparselt", "reference"], (
-                f"by rule: dense goes first for the pattern {pattern.name}, as there are no zeros "
-                "to skip"
-            )
-        known = [row for row in probe().devices if row.index == device.index]
-        if known and known[0].compute_capability[0] == _HOPPER:
-            order, of_format = ["hopper", "dense"], ""
-            if pattern.speed_bound < _HOPPER_GAINS.get(dtype, 1):
-                order, of_format = ["dense", "hopper"], f" in {dtype}"
-            return [*order, "cusparselt", "reference"], (
-                f"by rule: on a Hopper GPU {order[0]}, then {order[1]}, go before cusparselt "
-                f"for {pattern.name}{of_format} (docs/performance.md)"
-            )
-    return list(_ROWS), "by rule: the first that can run"
+    first, why = [], "the first that can run"
+    if device.kind == "cuda" and pattern.speed_bound <= 1:
+        first, why = (
+            [_DENSE],
+            f"dense goes first for the pattern {pattern.name}, as there are no zeros to skip",
+        )
+    elif device.kind == "cuda" and pattern.expansion > 1 and _on_hopper(device):
+        first, of_format = ["hopper", _DENSE], ""
+        if pattern.speed_bound < _HOPPER_GAINS.get(dtype, 1):
+            first, of_format = first[::-1], f" in {dtype}"
+        why = (
+            f"on a Hopper GPU {first[0]}, then {first[1]}, go before cusparselt for {pattern.name}"
+            f"{of_format} (docs/performance.md)"
+        )
+    return [*first, *(name for name in _ROWS if name not in first)], f"by rule: {why}"
+
+
+def _on_hopper(device: Device) -> bool:
+    """Whether a device is a GPU that the driver knows as a Hopper one."""
+    known = [row for row in probe().devices if row.index == device.index]
+    return bool(known) and known[0].compute_capability[0] == _HOPPER
 
 
 def _row(name: str) -> _Row:

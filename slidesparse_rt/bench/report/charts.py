@@ -15,7 +15,17 @@ from ..sides import AUTO, DENSE
 from .accuracy import METHODS, UNPRUNED, Costs, costs
 from .markdown import DTYPES, patterns_of, short
 from .passes import GOAL, GOAL_PATTERN, GOAL_TOKENS, PHASES, Group, groups
-from .results import Key, Measured, Result, by_model, merged, newest_of, products, stages, title_of
+from .results import (
+    Measured,
+    Result,
+    by_model,
+    merged,
+    newest_of,
+    operators,
+    products,
+    stages,
+    title_of,
+)
 
 __all__ = [
     "AccuracyChart",
@@ -258,9 +268,15 @@ def breakdown_charts(results: Sequence[Result], pattern: str = "6:8") -> list[Br
     found = []
     for side, rows in products(results, "gemm").items():
         for model, own in by_model(rows).items():
+            pairs = list(operators(own, pattern))
             panels = []
             for dtype in DTYPES:
-                bars = _bars(own, side, dtype, pattern)
+                bars = [
+                    Bar(one, key.m, stages(product, whole, one))
+                    for key, product, whole in pairs
+                    if key.dtype == dtype
+                    for one in (side, DENSE)
+                ]
                 if len(bars) >= 2 * _FEWEST:
                     panels.append((dtype, tuple(bars)))
             if panels:
@@ -269,17 +285,6 @@ def breakdown_charts(results: Sequence[Result], pattern: str = "6:8") -> list[Br
                 what = f"{title_of(model)}, {pattern}"
                 title = f"Where an operator's time goes: {what}, on one {machine}"
                 found.append(BreakdownChart(name, title, tuple(panels)))
-    return found
-
-
-def _bars(rows: Measured, side: str, dtype: str, pattern: str) -> list[Bar]:
-    found = []
-    for key, case in sorted(rows.items(), key=lambda item: item[0].m):
-        whole = rows.get(key._replace(stage="op"))
-        wanted = Key(key.model, pattern, dtype, key.m, "gemm", "burst")
-        if key != wanted or whole is None or whole.result.name != case.result.name:
-            continue
-        found += [Bar(one, key.m, stages(case, whole, one)) for one in (side, DENSE)]
     return found
 
 

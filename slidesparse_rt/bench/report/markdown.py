@@ -19,6 +19,7 @@ from .results import (
     by_model,
     merged,
     newest_of,
+    operators,
     products,
     stages,
     title_of,
@@ -257,15 +258,11 @@ def breakdown(results: Sequence[Result], pattern: str = "6:8") -> str:
     text = ""
     for side, rows in products(results, "gemm").items():
         for model, own in by_model(rows).items():
-            sizes = {(key.dtype, key.m, key.model) for key in own}
-            lines = []
-            for dtype, m, name in sorted(sizes, key=lambda size: (DTYPES.index(size[0]), size[1])):
-                product = own.get(Key(name, pattern, dtype, m, "gemm", "burst"))
-                whole = own.get(Key(name, pattern, dtype, m, "op", "burst"))
-                # Stages of different runs have no difference that means anything.
-                if product is not None and whole is not None and product.result == whole.result:
-                    sums = (_sum(product, whole, one) for one in (side, DENSE))
-                    lines.append([dtype, str(m), *sums])
+            pairs = sorted(operators(own, pattern), key=lambda pair: DTYPES.index(pair[0].dtype))
+            lines = [
+                [key.dtype, str(key.m), *(_sum(product, whole, one) for one in (side, DENSE))]
+                for key, product, whole in pairs
+            ]
             if lines:
                 made = table(["type", "M", f"`{side}`", "`dense`"], lines)
                 text += f"{title_of(model)}, {pattern}, microseconds:\n\n{made}\n\n"

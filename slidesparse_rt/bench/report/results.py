@@ -28,6 +28,7 @@ __all__ = [
     "machines",
     "merged",
     "newest_of",
+    "operators",
     "products",
     "read_result",
     "stages",
@@ -244,6 +245,18 @@ def _oldest_first(results: Iterable[Result], what: str) -> list[Result]:
 
 def _by_age(results: Iterable[Result]) -> list[Result]:
     return sorted(results, key=lambda result: str(result.document["time"]))
+
+
+def operators(rows: Measured, pattern: str) -> Iterator[tuple[Key, Case, Case]]:
+    """Products of a pattern in bursts, by M, each with the operator of the same run.
+
+    Stages of different runs have no difference that means anything.
+    """
+    for key, product in sorted(rows.items(), key=lambda item: item[0].m):
+        whole = rows.get(key._replace(stage="op"))
+        wanted = (key.pattern, key.stage, key.mode) == (pattern, "gemm", "burst")
+        if wanted and whole is not None and whole.result == product.result:
+            yield key, product, whole
 
 
 def stages(product: Case, whole: Case, side: str) -> tuple[tuple[str, float], ...]:
