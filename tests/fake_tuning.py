@@ -15,6 +15,7 @@ import pytest
 import torch
 from bench_fakes import Cuda, fake_cupy
 from fake_gpu import Gpu, Memory, cold_cache
+from plans import fitted
 
 import slidesparse_rt as ss
 from slidesparse_rt import device_adapters, gpu_run, plan
@@ -26,8 +27,10 @@ from slidesparse_rt.tuning import cache, measure, select
 from slidesparse_rt.tuning.cache import TableCache
 
 N, K = 8, 16
+WEIGHT = fitted("6:8", N, K)
 STREAM = 7
-#: Bytes of a packed weight.
+#: Bytes of channel scales; of a packed weight.
+SCALES = 4 * N
 PACKED = {"hopper": 1000, "cusparselt": 2000, "dense": 3000, "other": 10}
 #: Bytes of workspace of one token.
 A_TOKEN = {"hopper": 10, "cusparselt": 30, "dense": 20}
@@ -199,6 +202,16 @@ class Machine:
         found = [(name, tokens) for name, tokens, _, _ in self.cuda.events]
         self.cuda.events.clear()
         return found
+
+
+def x_of(tokens: int) -> torch.Tensor:
+    """Activations of so many tokens."""
+    return torch.zeros(tokens, K, dtype=torch.bfloat16)
+
+
+def make_plan(**arguments: Any) -> plan.SparseGemmPlan:
+    """A plan of :data:`WEIGHT` on the GPU, unless ``arguments`` say otherwise."""
+    return plan.SparseGemmPlan(WEIGHT, "6:8", **({"device": "cuda"} | arguments))
 
 
 def make_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:

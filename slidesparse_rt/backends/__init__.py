@@ -161,12 +161,11 @@ def _order(problem: Problem, device: Device) -> tuple[list[str], str]:
     bf16 so is our own for those milder than 4:6, but for few tokens.
     """
     pattern, dtype = problem.pattern, problem.dtype.name
-    first, why = [], "the first that can run"
+    first: list[str] = []
+    why = "the first that can run"
     if device.kind == "cuda" and pattern.speed_bound <= 1:
-        first, why = (
-            [_DENSE],
-            f"dense goes first for the pattern {pattern.name}, as there are no zeros to skip",
-        )
+        first = [_DENSE]
+        why = f"dense goes first for the pattern {pattern.name}, as there are no zeros to skip"
     elif device.kind == "cuda" and pattern.expansion > 1 and _on_hopper(device):
         first, of_format = ["hopper", _DENSE], ""
         if pattern.speed_bound < _HOPPER_GAINS.get(dtype, 1):
